@@ -1,0 +1,23 @@
+"""What a training run does beside training; every callback works with any stage module that offers
+`pipeline()`, `trainable_parameters()` and `training_flops(batch)`."""
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.checkpoint_io import AtomicCheckpointIO
+from callbacks.ema import EMA
+from callbacks.export import Export
+from callbacks.nonfinite import NonFiniteError, NonFiniteGuard
+from callbacks.progress import Progress
+from callbacks.random_state import RandomState
+from callbacks.throughput import Throughput
+
+__all__ = [
+    "EMA",
+    "AtomicCheckpointIO",
+    "Checkpoint",
+    "Export",
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "Progress",
+    "RandomState",
+    "Throughput",
+]

@@ -1,0 +1,1 @@
+"""Executors: how tasks run. They know ranks and completion, never content."""

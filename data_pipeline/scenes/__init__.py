@@ -1,0 +1,66 @@
+"""The embedded world: scenes that are rendered, described, edited and read back exactly."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+
+from PIL import Image
+
+from data_pipeline.records import EditRecord, EncodedImage, Record, TextImageRecord
+from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, describe, draw_scene
+from data_pipeline.scenes.edits import Edit, random_edit
+from data_pipeline.scenes.renderer import render
+from data_pipeline.scenes.world import LEVELS, Scene
+
+VAL_SHARE = 1 / 16
+
+
+def encode_png(scene: Scene) -> EncodedImage:
+    """A rendered scene as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(render(scene)).save(buffer, "PNG", compress_level=1)
+    return EncodedImage(buffer.getvalue(), "png")
+
+
+def random_caption(rng: random.Random, level: int, split: str) -> tuple[Scene, Caption]:
+    """A scene of `split` and its caption; the task is drawn by weight (the single-object tasks only in "train")."""
+    tasks = [t for t in TASK_WEIGHTS if split == "train" or t not in ("single_object", "colors")]
+    task = rng.choices(tasks, [TASK_WEIGHTS[t] for t in tasks])[0]
+    while True:
+        scene = draw_scene(rng, level, task)
+        if scene.split == split:
+            return scene, describe(rng, scene, task)
+
+
+def records(level: int, count_text_image: int, count_edit: int, seed: int) -> Iterator[Record]:
+    """Text-image records, then edit records; a sixteenth of each, at its end, shows held-out scenes (split "val")."""
+    if level not in LEVELS:
+        raise ValueError(f"there is no level {level} of scenes; choose one of {sorted(LEVELS)}")
+    rng = random.Random(f"scenes/{level}/{seed}")
+    for i in range(count_text_image):
+        split = "val" if i >= count_text_image * (1 - VAL_SHARE) else "train"
+        scene, caption = random_caption(rng, level, split)
+        facts = {"scene": scene.canonical, "task": caption.task}
+        yield TextImageRecord(f"caption-{i:07d}", encode_png(scene), caption.text, "scenes", "CC0-1.0", split, facts)
+    for i in range(count_edit):
+        split = "val" if i >= count_edit * (1 - VAL_SHARE) else "train"
+        edit = random_edit(rng, level, split)
+        facts = {"scene": edit.target.canonical, "source": edit.source.canonical, "task": edit.kind}
+        images = (encode_png(edit.source),), encode_png(edit.target)
+        yield EditRecord(f"edit-{i:07d}", *images, edit.instruction, "scenes", "CC0-1.0", split, facts)
+
+
+def benchmark(level: int, count: int, seed: int) -> tuple[list[Caption], list[Edit]]:
+    """`count` captions of distinct held-out scenes and `count` held-out edits, the same for everyone at a seed."""
+    rng = random.Random(f"benchmark/{level}/{seed}")
+    captions: dict[str, Caption] = {}
+    while len(captions) < count:
+        scene, caption = random_caption(rng, level, "val")
+        captions.setdefault(scene.canonical, caption)
+    edits: dict[tuple[str, str], Edit] = {}
+    while len(edits) < count:
+        edit = random_edit(rng, level, "val")
+        edits.setdefault((edit.source.canonical, edit.target.canonical), edit)
+    return list(captions.values()), list(edits.values())

@@ -1,0 +1,64 @@
+"""Only what decodes goes on: allowed formats, a pixel limit read from the header, and a text."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from data_pipeline.records import EncodedImage, Record, Rejected
+
+FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+
+
+@dataclass
+class Decode:
+    """Rejects unreadable, oversized, tiny or animated pictures and empty texts.
+
+    Args:
+        max_pixels: width x height above which a picture is not decoded.
+        min_side: smallest allowed side in pixels.
+        max_text: longest allowed text in characters.
+    """
+
+    max_pixels: int = 64_000_000
+    min_side: int = 8
+    max_text: int = 10_000
+
+    def __call__(self, record: Record) -> Record | Rejected:
+        text = record.prompt.strip()
+        if not text:
+            return Rejected(record.key, "empty_text", "the caption or instruction is empty")
+        if len(text) > self.max_text:
+            return Rejected(record.key, "text_too_long", f"{len(text)} characters, at most {self.max_text}")
+        checked: dict[str, EncodedImage] = {}
+        for name, image in record.images.items():
+            found = self.check(image)
+            if isinstance(found, tuple):
+                return Rejected(record.key, found[0], f"{name}: {found[1]}")
+            checked[name] = found
+        if record.kind == "text_image":
+            return replace(record, image=checked["image"])
+        target = checked.pop("target")
+        return replace(record, sources=tuple(checked.values()), target=target)
+
+    def check(self, image: EncodedImage) -> EncodedImage | tuple[str, str]:
+        """The picture with the extension of its true format, or (reason, detail)."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's own size warning: our limit decides
+                with Image.open(io.BytesIO(image.data), formats=list(FORMATS)) as picture:
+                    width, height = picture.size
+                    if width * height > self.max_pixels:
+                        return "too_many_pixels", f"{width} x {height} pixels, at most {self.max_pixels} in all"
+                    if min(width, height) < self.min_side:
+                        return "too_small", f"{width} x {height} pixels, each side at least {self.min_side}"
+                    if getattr(picture, "n_frames", 1) > 1:
+                        return "animated", f"{picture.n_frames} frames"  # type: ignore[attr-defined]
+                    extension = FORMATS[str(picture.format)]
+                    picture.load()
+        except Exception as error:  # noqa: BLE001 - a hostile file may raise anything inside a decoder
+            return "unreadable_image", f"{type(error).__name__}: {error}"
+        return EncodedImage(image.data, extension)

@@ -1,0 +1,112 @@
+"""Success on held-out scenes, judged exactly by the scene verifier."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_pipeline.scenes import benchmark
+from data_pipeline.scenes.captions import Caption, satisfied
+from data_pipeline.scenes.edits import Edit, edit_success, preservation
+from data_pipeline.scenes.renderer import render
+from data_pipeline.scenes.verifier import read
+from data_pipeline.scenes.world import LEVELS
+from lightning_modules.pipelines import KontextPipeline
+
+T = TypeVar("T")
+
+
+@dataclass
+class SceneBenchmark:
+    """Which scenes, and how they are sampled: one picture for each of `count` held-out captions and edits.
+
+    `guidance_scales`: the first names the metrics without suffix; further ones are reported as `<metric>_guidance_<s>`.
+    """
+
+    level: int = 1
+    count: int = 1024
+    num_inference_steps: int = 20
+    guidance_scales: tuple[float, ...] = (3.5, 1.0)
+    batch_size: int = 128
+    seed: int = 0
+
+
+def evaluate(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, float]:
+    """All metrics of the benchmark, each a share in [0, 1]."""
+    captions, edits = benchmark(settings.level, settings.count, settings.seed)
+    metrics: dict[str, float] = {}
+    for scale in settings.guidance_scales:
+        suffix = "" if scale == settings.guidance_scales[0] else f"_guidance_{scale:g}"
+        found = {**score_captions(pipeline, captions, settings, scale), **score_edits(pipeline, edits, settings, scale)}
+        metrics |= {f"{name}{suffix}": value for name, value in found.items()}
+    return metrics
+
+
+def score_captions(
+    pipeline: KontextPipeline, captions: Sequence[Caption], settings: SceneBenchmark, guidance_scale: float
+) -> dict[str, float]:
+    """`t2i_success`, and the same for each GenEval task."""
+    by_task: dict[str, list[bool]] = defaultdict(list)
+    for number, chunk in batches(captions, settings.batch_size):
+        prompts = [caption.text for caption in chunk]
+        pictures = generate(pipeline, prompts, None, settings, guidance_scale, number)
+        for caption, picture in zip(chunk, pictures, strict=True):
+            by_task[caption.task].append(satisfied(caption, read(picture, settings.level).scene))
+    every = [success for successes in by_task.values() for success in successes]
+    return {"t2i_success": fmean(every), **{f"t2i_success_{task}": fmean(s) for task, s in sorted(by_task.items())}}
+
+
+def score_edits(
+    pipeline: KontextPipeline, edits: Sequence[Edit], settings: SceneBenchmark, guidance_scale: float
+) -> dict[str, float]:
+    """`edit_success`, the same for each kind of edit, and `preservation` (share of untouched cells unchanged)."""
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    kept: list[float] = []
+    for number, chunk in batches(edits, settings.batch_size):
+        sources = [Image.fromarray(render(edit.source)) for edit in chunk]
+        instructions = [edit.instruction for edit in chunk]
+        pictures = generate(pipeline, instructions, sources, settings, guidance_scale, number)
+        for edit, picture in zip(chunk, pictures, strict=True):
+            reading = read(picture, settings.level)
+            by_kind[edit.kind].append(edit_success(edit, reading))
+            kept.append(preservation(edit, reading))
+    every = [success for successes in by_kind.values() for success in successes]
+    kinds = {f"edit_success_{kind}": fmean(successes) for kind, successes in sorted(by_kind.items())}
+    return {"edit_success": fmean(every), "preservation": fmean(kept), **kinds}
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """Consecutive slices of at most `size`, numbered."""
+    for number, start in enumerate(range(0, len(items), size)):
+        yield number, items[start : start + size]
+
+
+def generate(
+    pipeline: KontextPipeline,
+    prompts: list[str],
+    sources: list[Image.Image] | None,
+    settings: SceneBenchmark,
+    guidance_scale: float,
+    number: int,
+) -> np.ndarray:
+    """One picture a prompt, (B, H, W, 3) in [0, 255]; noise depends on the seed and the batch's number alone."""
+    side = LEVELS[settings.level].resolution
+    generator = torch.Generator().manual_seed(settings.seed * 100_003 + number)
+    pictures = pipeline(
+        prompts,
+        image=sources,
+        height=side,
+        width=side,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=generator,
+        output_type="np",
+    ).images
+    return np.rint(pictures * 255)

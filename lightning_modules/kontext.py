@@ -1,0 +1,199 @@
+"""Text-to-image and edit flow matching of a Kontext transformer (Skywork UniPic 2.0, stage 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+from data_pipeline.batches import ImageBatch
+from data_pipeline.counters import draw
+from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.networks.autoencoder import encode_moments, sample_latents
+from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.flops import forward_flops
+from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.pocket import checkpoint_folder
+from lightning_modules.samplers import path, timesteps
+from lightning_modules.schedule import AdamW, adamw
+
+
+@dataclass
+class Timesteps:
+    """How sigma is drawn. "logit_normal": Esser et al. 2024 (arXiv 2403.03206), section 3.1; "uniform": u itself.
+
+    `shift` moves either towards noise as SD3's scheduler does (1 leaves it; equation 23 of the same paper).
+    """
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+
+@dataclass
+class Dropout:
+    """Probability of dropping a condition: captions of each task (replaced by ""), and all references of an edit."""
+
+    caption: dict[str, float] = field(default_factory=lambda: {"text_to_image": 0.1, "edit": 0.0})
+    reference: float = 0.0
+
+
+class KontextModule(L.LightningModule):
+    """Trains the transformer of a checkpoint folder; the autoencoder and the text encoders stay frozen.
+
+    Args:
+        pretrained: checkpoint folder in the diffusers layout, or "pocket", which is built on first use.
+        steps: optimiser steps of the whole run, for the schedule.
+        seed: the seed of every draw.
+        optimizer: AdamW and its schedule.
+        timesteps: the distribution of sigma.
+        dropout: probabilities of dropping conditions.
+        task_weights: loss weight of each task's samples.
+        compile: compile the transformer's blocks (falls back to eager, and says so, without a C++ compiler).
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "pocket",
+        steps: int = 1000,
+        seed: int = 0,
+        optimizer: AdamW = AdamW(),  # noqa: B008
+        timesteps: Timesteps = Timesteps(),  # noqa: B008
+        dropout: Dropout = Dropout(),  # noqa: B008
+        task_weights: dict[str, float] | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.steps, self.seed = pretrained, steps, seed
+        self.optimizer_settings, self.timesteps, self.dropout = optimizer, timesteps, dropout
+        self.task_weights = task_weights or {}
+        self.compile_blocks = compile
+        self.transformer: Any = None
+        self._pipeline: KontextPipeline | None = None
+
+    def prepare_data(self) -> None:
+        """Builds the pocket checkpoint folder if it is asked for and missing (rank 0)."""
+        checkpoint_folder(self.pretrained)
+
+    def configure_model(self) -> None:
+        """Loads the checkpoint folder; called again it does nothing."""
+        if self.transformer is not None:
+            return
+        self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
+        self.transformer = self._pipeline.transformer
+        self.transformer.requires_grad_(True).train()
+        if self.compile_blocks:
+            compile_blocks(self.transformer)
+
+    def pipeline(self) -> KontextPipeline:
+        """The inference pipeline on the live weights, frozen parts included, on this module's device."""
+        assert self._pipeline is not None, "configure_model has not run"
+        return self._pipeline.to(self.device)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Names and parameters that the optimiser moves."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        loss = self.flow_matching_loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log(f"train/loss_{batch.task}", loss, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        loss = self.flow_matching_loss(batch)
+        self.log(f"val/loss_{batch.task}", loss, batch_size=len(batch), sync_dist=True, add_dataloader_idx=False)
+
+    def flow_matching_loss(self, batch: ImageBatch) -> Tensor:
+        """Rectified flow with references: regress v = eps - x0 at x_sigma, given the clean references and the text."""
+        x0, references = self.encode(batch)
+        sequence, pooled = self.embed(batch)
+        noise = self.draw(torch.randn, tuple(x0.shape[1:]), "noise", batch)
+        sigma = self.draw_sigma(batch)
+        v = self.transformer(
+            hidden_states=path.interpolate(x0, noise, sigma),
+            ref_hidden_states=references,
+            encoder_hidden_states=sequence,
+            pooled_projections=pooled,
+            timestep=1000 * sigma,
+            return_dict=False,
+        )[0]
+        weight = torch.full_like(sigma, self.task_weights.get(batch.task, 1.0))
+        return flow_matching(v, path.velocity(x0, noise), weight)
+
+    def draw(self, sampler: Any, shape: tuple[int, ...], purpose: str, batch: ImageBatch) -> Float[Tensor, "b ..."]:
+        """One fp32 draw per sample, a function of (seed, purpose, epoch, sample id) alone."""
+        return draw(sampler, shape, self.seed, purpose, batch.epochs, batch.sample_ids).to(self.device)
+
+    def draw_sigma(self, batch: ImageBatch) -> Float[Tensor, " b"]:
+        """Noise levels in (0, 1), fp32."""
+        u = self.draw(torch.rand, (), "sigma", batch)
+        if self.timesteps.distribution == "logit_normal":
+            u = timesteps.logit_normal(u, self.timesteps.mean, self.timesteps.std)
+        return timesteps.shift(u, self.timesteps.shift)
+
+    @torch.no_grad()
+    def encode(self, batch: ImageBatch) -> tuple[Float[Tensor, "b c h w"], Any]:
+        """Posterior samples of target and references (None, (B, C, h, w) for one each, or lists), as released."""
+        target = self.sample_posterior(batch.target, "target", batch)
+        references = batch.references
+        if references is None or self.reference_dropped(batch):
+            return target, None
+        if isinstance(references, Tensor):
+            samples = [
+                self.sample_posterior(references[:, r], f"reference {r}", batch) for r in range(references.shape[1])
+            ]
+            return target, samples[0] if len(samples) == 1 else [list(s) for s in torch.stack(samples, dim=1)]
+        return target, [
+            [
+                self.sample_posterior(image[None], f"reference {r}", batch.sample(i))[0]
+                for r, image in enumerate(images)
+            ]
+            for i, images in enumerate(references)
+        ]
+
+    def reference_dropped(self, batch: ImageBatch) -> bool:
+        """Whether this batch trains without its references: one draw for the batch keeps its shapes equal."""
+        if not self.dropout.reference:
+            return False
+        return bool(self.draw(torch.rand, (), "reference dropout", batch)[0] < self.dropout.reference)
+
+    def sample_posterior(self, images: Tensor, purpose: str, batch: ImageBatch) -> Float[Tensor, "b c h w"]:
+        """Latents of pixels (B, 3, H, W), or of moments (B, 2C, h, w) where the batch holds those."""
+        assert self._pipeline is not None
+        vae = self._pipeline.vae
+        moments = images if batch.encoded else encode_moments(vae, images)
+        noise = self.draw(torch.randn, (moments.shape[1] // 2, *moments.shape[2:]), f"posterior {purpose}", batch)
+        return sample_latents(vae, moments, noise)
+
+    @torch.no_grad()
+    def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
+        """Text embeddings, with captions dropped to "" by chance; equal prompts of a batch are encoded once."""
+        assert self._pipeline is not None
+        dropped = self.draw(torch.rand, (), "caption dropout", batch) < self.dropout.caption.get(batch.task, 0.0)
+        prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
+        return self._pipeline.encode_unique(prompts)
+
+    def training_flops(self, batch: ImageBatch) -> float:
+        """Model FLOPs of one training step on this batch: 3 x forward, without the frozen encoders."""
+        assert self._pipeline is not None
+        factor = 1 if batch.encoded else self._pipeline.vae_scale_factor
+        patch = factor * self.transformer.config.patch_size
+        images = [*batch.target]
+        if isinstance(batch.references, Tensor):
+            images += [*batch.references.flatten(0, 1)]
+        elif batch.references is not None:
+            images += [image for sample in batch.references for image in sample]
+        tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
+        return 3 * len(batch) * forward_flops(self.transformer.config, tokens, self._pipeline.text_tokens)
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
