@@ -8,6 +8,7 @@ from callbacks.export import Export
 from callbacks.nonfinite import NonFiniteError, NonFiniteGuard
 from callbacks.progress import Progress
 from callbacks.random_state import RandomState
+from callbacks.sample_grid import SampleGrid
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "NonFiniteGuard",
     "Progress",
     "RandomState",
+    "SampleGrid",
     "Throughput",
 ]

@@ -25,9 +25,7 @@ class Checkpoint(lightning.pytorch.callbacks.Checkpoint):
 
     def __init__(self, every_n_steps: int = 500, keep: int = 2) -> None:
         if every_n_steps < 1 or keep < 1:
-            raise InputError(
-                f"Checkpoint got every_n_steps={every_n_steps} and keep={keep}; both must be at least 1."
-            )
+            raise InputError(f"Checkpoint got every_n_steps={every_n_steps} and keep={keep}; both must be at least 1.")
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.last_model_path = ""
@@ -57,7 +55,7 @@ class Checkpoint(lightning.pytorch.callbacks.Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         step = trainer.global_step
-        if step == self._saved_step or trainer.fast_dev_run:
+        if step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self._folder / f"step_{step:08d}.ckpt"
         self.last_model_path = str(path)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from callbacks.stage import stage
 from data_pipeline.errors import InputError
 
 
@@ -80,7 +81,7 @@ class EMA(Callback):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _prepare(self, pl_module: LightningModule) -> None:
-        live = dict(pl_module.trainable_parameters())
+        live: dict[str, Tensor] = dict(stage(pl_module).trainable_parameters())
         self._parameters = list(live.values())
         if self._restored is not None:
             _check_names(self._restored, live)
@@ -168,7 +169,7 @@ def averaged(
     trainer: Trainer, pl_module: LightningModule, full_precision: bool = False
 ) -> AbstractContextManager[None]:
     """The up-to-date averaged weights if the trainer has an EMA callback, else the weights as they are."""
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
             callback.catch_up(trainer, pl_module)
             return callback.swapped(pl_module, full_precision)

@@ -46,8 +46,9 @@ def _draw_block(rows: Sequence[GridRow]) -> Image:
     columns = max(1, *(len(row.sources) for row in rows))
     cells = [_cells(row, columns) for row in rows]
     cell_width = max(cell.width for row in cells for cell in row if cell)
-    font = ImageFont.load_default(size=max(14, cell_width // 16))
-    line = math.ceil(font.size * 1.25)
+    size = max(14, cell_width // 16)
+    font = ImageFont.load_default(size)
+    line = math.ceil(size * 1.25)
     width = (columns + 2) * (cell_width + GAP) + GAP
     prompts = [_wrap(row.prompt, font, width - 2 * GAP) for row in rows]
     heights = [max(cell.height for cell in row if cell) for row in cells]

@@ -72,11 +72,11 @@ class NonFiniteGuard(Callback):
             # All ranks must stop together: one alone would leave the others waiting for it.
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         if bad:
-            raise NonFiniteError(_message(trainer.global_step, gradients, self._seen))
+            raise NonFiniteError(_message(trainer.global_step, gradients, self._seen, trainer.world_size))
         self._stepped = True
 
 
-def _message(step: int, gradients: dict[str, Tensor], seen: list[MicroBatch]) -> str:
+def _message(step: int, gradients: dict[str, Tensor], seen: list[MicroBatch], ranks: int) -> str:
     names = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return (
@@ -84,6 +84,7 @@ def _message(step: int, gradients: dict[str, Tensor], seen: list[MicroBatch]) ->
         "optimizer state are unchanged.\n"
         f"  gradients that are not finite: {shown or 'none on this rank'}\n"
         + "".join(f"  {batch}\n" for batch in seen)
+        + ("The losses are those of this rank; the other ranks name theirs.\n" if ranks > 1 else "")
         + "Look at these samples with `python -m data_pipeline inspect`; if they are fine, lower the learning rate or "
         "clip the gradients, and resume from the last checkpoint."
     )

@@ -48,7 +48,8 @@ class RandomState(Callback):
 def read_state(device: torch.device) -> dict[str, Tensor]:
     """The generators' states as tensors of fixed lengths, on the CPU."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    twister: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = twister
     state = {
         "torch": torch.get_rng_state(),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss]),

@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from callbacks.atomic import replace_file
 from callbacks.ema import averaged
 from callbacks.grid import GridRow, draw_grid
+from callbacks.stage import stage
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import generator
 from data_pipeline.errors import InputError
@@ -27,8 +29,8 @@ class SampleGrid(Callback):
     """Draws rows source | target | output with the averaged weights before the first optimizer step, every n steps and
     at the end, to <log_dir>/samples/step_000000.png and to TensorBoard.
 
-    The samples are `trainer.datamodule.sample_batches(num_samples) -> list[ImageBatch]`, one batch per task. Each
-    keeps its noise from step to step, drawn by counter, so that only the weights differ between two grids, and
+    The samples are `trainer.datamodule.sample_batches(num_samples) -> list[ImageBatch]`, one batch of pixels per task.
+    Each keeps its noise from step to step, drawn by counter, so that only the weights differ between two grids, and
     training does not notice: no global generator is used and nothing is compiled anew.
     """
 
@@ -54,10 +56,11 @@ class SampleGrid(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drawn_step, self._batches = None, []
-        if not hasattr(trainer.datamodule, "sample_batches"):
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(datamodule, "sample_batches"):
             raise InputError(
-                f"SampleGrid needs a datamodule with sample_batches(num_samples), got {type(trainer.datamodule).__name__}. "
-                "Leave the SampleGrid callback out of the configuration, or use the project's datamodule."
+                f"SampleGrid needs a datamodule with sample_batches(num_samples), got {type(datamodule).__name__}. "
+                "Use the project's datamodule, or leave the SampleGrid callback out of the configuration."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,14 +82,17 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        if step == self._drawn_step or trainer.fast_dev_run:
+        if step == self._drawn_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._drawn_step = step
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         if not trainer.is_global_zero:
             return
         if not self._batches:
-            self._batches = trainer.datamodule.sample_batches(self.num_samples)
+            self._batches = trainer.datamodule.sample_batches(self.num_samples)  # type: ignore[attr-defined]
+        if not self._batches:
+            rank_zero_warn("SampleGrid draws nothing: the data has no held-out samples (split val).")
+            return
         with averaged(trainer, pl_module), inference(trainer, pl_module):
             grid = draw_grid([self._rows(pl_module, batch) for batch in self._batches])
         replace_file(folder / f"step_{step:06d}.png", lambda file: grid.save(file, format="PNG"))
@@ -95,7 +101,7 @@ class SampleGrid(Callback):
                 logger.experiment.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
     def _rows(self, pl_module: LightningModule, batch: ImageBatch) -> list[GridRow]:
-        pipeline = pl_module.pipeline()
+        pipeline = stage(pl_module).pipeline()
         pipeline.set_progress_bar_config(disable=True)
         references = reference_images(batch.references, len(batch))
         outputs = pipeline(
@@ -105,7 +111,7 @@ class SampleGrid(Callback):
             width=batch.target.shape[-1],
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
-            generator=[generator(self.seed, "sample_grid", 0, i) for i in batch.sample_ids.tolist()],
+            generator=generator(self.seed, f"sample_grid {batch.task}", 0, 0),
             output_type="pil",
         ).images
         rows = zip(batch.prompts, references, batch.target, outputs, strict=True)
@@ -130,7 +136,7 @@ def inference(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 
 
 def reference_images(
-    references: Float[Tensor, "B R 3 h w"] | list[list[Float[Tensor, "3 h2 w2"]]] | None, count: int
+    references: Float[Tensor, "B R 3 h w"] | list[list[Float[Tensor, "3 _ _"]]] | None, count: int
 ) -> list[list[PIL.Image.Image]]:
     """Each sample's references as pictures; `count` empty lists for None."""
     if references is None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.stage import stage
+
 # Nominal dense bfloat16 FLOP/s by the device name that CUDA reports, from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -85,7 +87,7 @@ class Throughput(Callback):
         window.samples += len(batch) * trainer.world_size
         self.samples_seen += len(batch) * trainer.world_size
         if self.peak_flops is not None and hasattr(pl_module, "training_flops"):
-            window.flops += pl_module.training_flops(batch)
+            window.flops += stage(pl_module).training_flops(batch)
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self._step % self.every_n_steps == 0:

@@ -37,6 +37,8 @@ class ToyLoader:
         return self.length
 
     def __iter__(self) -> Iterator[ToyBatch]:
+        if self.position >= self.length:
+            self.position = 0
         while self.position < self.length:
             ids = torch.arange(4) + 4 * self.position
             self.position += 1
@@ -45,7 +47,6 @@ class ToyLoader:
             if self.poison is not None:
                 self.poison(batch)
             yield batch
-        self.position = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

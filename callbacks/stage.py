@@ -1,0 +1,27 @@
+"""What callbacks ask of a stage module, which they never import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+
+from lightning.pytorch import LightningModule
+from torch.nn import Parameter
+
+
+class Stage(Protocol):
+    """The part of a stage module that callbacks use."""
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline that shares the live weights."""
+
+    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Names and parameters that the optimizer moves."""
+
+    def training_flops(self, batch: Any) -> float:
+        """Model FLOPs of one training step on this batch on one device: 3 x forward."""
+
+
+def stage(pl_module: LightningModule) -> Stage:
+    """The same module, typed as what callbacks use of it."""
+    return cast(Stage, pl_module)

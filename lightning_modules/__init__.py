@@ -1,0 +1,1 @@
+"""The algorithms: stage modules, and below them networks, samplers, losses, pipelines and evaluation."""

@@ -1,0 +1,5 @@
+"""Pure networks, and how checkpoint folders load and save."""
+
+from lightning_modules.networks.kontext_transformer import KontextTransformer
+
+__all__ = ["KontextTransformer"]

@@ -1,0 +1,128 @@
+"""Checkpoint folders in the diffusers layout: what they must hold, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHOWN = 8  # keys named in an error before it says how many more there are
+MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors format's own readers
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder, or an input to its model, does not fit. Says what was found, expected, and what to do."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or one clear error."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; expected a checkpoint folder in the diffusers layout")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy the folder again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def require_parts(folder: Path, parts: Collection[str]) -> None:
+    """Checks that a folder exists and has model_index.json and the named parts."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {folder}; give a folder in the diffusers layout, or pocket")
+    read_json(folder / "model_index.json")
+    missing = [part for part in parts if not (folder / part).is_dir()]
+    if missing:
+        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; it has {found}")
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a part's safetensors files, from their headers alone (sharded files included)."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        also = f"; {', '.join(pickles)} can run code when loaded and is not accepted: convert it" if pickles else ""
+        raise CheckpointError(f"{folder} holds no *.safetensors{also}")
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(read_json(index).get("weight_map", {}).values())
+        absent = sorted(named - {f.name for f in files})
+        if absent:
+            raise CheckpointError(f"{folder} is incomplete: {index.name} names {', '.join(absent)}; download them again")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        shapes |= {name: tuple(entry["shape"]) for name, entry in read_header(file).items()}
+    return shapes
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file, after checking that the file is as long as it says."""
+    try:
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > MAX_HEADER:
+                raise ValueError(f"header of {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file ({error}); copy it again") from error
+    size = file.stat().st_size
+    if size != 8 + length + end:
+        raise CheckpointError(f"{file} has {size} bytes where its header says {8 + length + end}; copy it again")
+    return header
+
+
+def check_weights(cls: Any, folder: Path, classes: Collection[str], optional: Collection[str] = ()) -> None:
+    """Compares a part's files with the model that its config describes, without allocating either.
+
+    Args:
+        cls: a diffusers model class.
+        folder: the part's folder.
+        classes: values of `_class_name` that name this architecture.
+        optional: keys that may be missing.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") not in classes:
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes a {config.get('_class_name')}; expected {' or '.join(sorted(classes))}"
+        )
+    try:
+        with torch.device("meta"):
+            expected = cls.from_config({**config, "_class_name": cls.__name__}).state_dict()
+    except Exception as error:  # a config of another architecture may fail anywhere in a constructor
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a {cls.__name__}: {error}") from error
+    compare_shapes(folder, {name: tuple(t.shape) for name, t in expected.items()}, stored_shapes(folder), optional)
+
+
+def compare_shapes(
+    folder: Path,
+    expected: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+) -> None:
+    """Names every missing, unexpected or misshapen key in one error."""
+    problems = {
+        "missing": sorted(set(expected) - set(found) - set(optional)),
+        "unexpected": sorted(set(found) - set(expected)),
+        "misshapen": [
+            f"{name} is {list(found[name])}, expected {list(expected[name])}"
+            for name in sorted(set(expected) & set(found))
+            if expected[name] != found[name]
+        ],
+    }
+    lines = [f"  {len(names)} {what}: {listed(names)}" for what, names in problems.items() if names]
+    if lines:
+        remedy = "use weights and config.json of the same model"
+        raise CheckpointError("\n".join([f"the weights in {folder} do not fit its config.json; {remedy}", *lines]))
+
+
+def listed(names: list[str]) -> str:
+    """All names of a short list, the first of a long one and the number of the others."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

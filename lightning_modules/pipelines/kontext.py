@@ -1,0 +1,251 @@
+"""Text-to-image and editing with a Kontext transformer: the released inference, on a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
+from diffusers.utils import logging as diffusers_logging
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline.transforms import fit_size, to_tensor
+from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks.autoencoder import decode_latents, encode_moments, sample_latents
+from lightning_modules.networks.loading import CheckpointError, read_json, require_parts
+from lightning_modules.samplers.guidance import guide
+from lightning_modules.samplers.ode import euler
+from lightning_modules.samplers.timesteps import schedule
+
+# The negative prompt of UniPic2's editing script; text-to-image uses "".
+EDIT_NEGATIVE_PROMPT = (
+    "blurry, low quality, low resolution, distorted, deformed, broken content, missing parts, damaged details, "
+    "artifacts, glitch, noise, pixelated, grainy, compression artifacts, bad composition, wrong proportion, "
+    "incomplete editing, unfinished, unedited areas."
+)
+STOCK_PIPELINE = "StableDiffusion3Pipeline"
+STOCK_TRANSFORMER = ["diffusers", "SD3Transformer2DModel"]
+Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
+
+
+class KontextPipeline(StableDiffusion3Pipeline):
+    """StableDiffusion3Pipeline whose transformer also takes reference pictures."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> KontextPipeline:
+        """Loads a checkpoint folder or hub id, `transformer/` always as KontextTransformer, safetensors only."""
+        folder = Path(pretrained_model_name_or_path)
+        if folder.exists() or len(folder.parts) != 2:  # anything but a hub id, which is owner/name
+            require_parts(folder, ("transformer", "vae", "scheduler"))
+        if "transformer" not in kwargs:
+            kwargs["transformer"] = KontextTransformer.from_pretrained(
+                pretrained_model_name_or_path, subfolder="transformer", torch_dtype=kwargs.get("torch_dtype")
+            )
+        diffusers_logging.disable_progress_bar()
+        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes a checkpoint folder that names only classes of diffusers and transformers."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        path = Path(save_directory, "model_index.json")
+        index = read_json(path)
+        index |= {"_class_name": STOCK_PIPELINE, "transformer": STOCK_TRANSFORMER}
+        path.write_text(json.dumps(index, indent=2) + "\n")
+
+    @property
+    def size_multiple(self) -> int:
+        """What both sides of a picture must be multiples of."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
+
+    @property
+    def t5_tokens(self) -> int:
+        """Length of the T5 sequence: the folder's tokenizer_3 tells, at most the released default of 256."""
+        return 256 if self.tokenizer_3 is None else min(256, self.tokenizer_3.model_max_length)
+
+    @property
+    def text_tokens(self) -> int:
+        """Length of the whole text sequence."""
+        return self.tokenizer_max_length + self.t5_tokens
+
+    def encode_unique(
+        self, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
+        """Sequence and pooled embeddings; equal prompts are encoded once. As released: CLIP tokens, then T5's."""
+        unique = list(dict.fromkeys(prompts))
+        sequence, _, pooled, _ = self.encode_prompt(
+            unique, None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length or self.t5_tokens
+        )
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=sequence.device)
+        return sequence[rows], pooled[rows]
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None = None,
+        image: Images | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 3.5,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        max_sequence_length: int | None = None,
+        return_dict: bool = True,
+    ) -> StableDiffusion3PipelineOutput | tuple[Any]:
+        """Pictures of the prompts, or edits of the pictures by them.
+
+        Args:
+            prompt: texts, or none where embeddings are given.
+            image: one reference; a list, one for each prompt; or a list of lists, each prompt's references. One
+                reference is brought to the output's size, several keep theirs (rounded to `size_multiple`).
+            height, width: pixels; default the first picture's size, else the folder's sample_size.
+            num_inference_steps: Euler steps.
+            guidance_scale: s of classifier-free guidance; 1 runs the positive branch alone.
+            negative_prompt: default "" for text-to-image and the released text for edits.
+            prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds: instead of texts.
+            generator: of the noise and of the references' posterior samples.
+            latents: initial noise (B, C, h, w).
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent".
+            max_sequence_length: T5 tokens.
+            return_dict: whether to wrap the pictures as diffusers does.
+        """
+        positive = self._embeddings(prompt, prompt_embeds, pooled_prompt_embeds, max_sequence_length, "prompt")
+        count, device = len(positive[0]), positive[0].device
+        references = group_references(image, count)
+        height, width = self._output_size(height, width, references)
+        negative = None
+        if guidance_scale != 1:
+            if negative_prompt is None:
+                negative_prompt = EDIT_NEGATIVE_PROMPT if references else ""
+            texts = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
+            negative = self._embeddings(
+                texts, negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length, "negative_prompt"
+            )
+        encoded = self._encode_references(references, (height, width), generator) if references else None
+        if latents is None:
+            shape = (count, self.transformer.config.in_channels, *self._latent_size(height, width))
+            latents = torch.randn(shape, generator=generator).to(device)
+        velocity = self._velocity(positive, negative, encoded, guidance_scale)
+        sigmas = schedule(
+            num_inference_steps, self.scheduler.config.shift, self.scheduler.config.num_train_timesteps
+        )
+        x = euler(velocity, latents, sigmas)
+        pictures = x if output_type == "latent" else to_output(decode_latents(self.vae, x), output_type)
+        return StableDiffusion3PipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _embeddings(
+        self, texts: str | list[str] | None, embeds: Tensor | None, pooled: Tensor | None, length: int | None, name: str
+    ) -> tuple[Tensor, Tensor]:
+        if embeds is not None:
+            if pooled is None:
+                raise ValueError(f"{name}_embeds were given without their pooled embeddings; give both")
+            return embeds, pooled
+        if texts is None:
+            raise ValueError(f"give {name} or {name}_embeds with their pooled embeddings")
+        return self.encode_unique([texts] if isinstance(texts, str) else texts, length)
+
+    def _latent_size(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def _output_size(
+        self, height: int | None, width: int | None, references: list[list[Image.Image]] | None
+    ) -> tuple[int, int]:
+        """The size asked for, else the first reference's (rounded), else the folder's default."""
+        default = self.transformer.config.sample_size * self.vae_scale_factor
+        first = next((images[0] for images in references or [] if images), None)
+        if height is None and width is None and first is not None:
+            return fit_size(first.height, first.width, max(first.size), self.size_multiple)
+        height, width = height or default, width or default
+        if height % self.size_multiple or width % self.size_multiple:
+            near = tuple(max(1, round(s / self.size_multiple)) * self.size_multiple for s in (height, width))
+            raise CheckpointError(
+                f"height {height} and width {width} must be multiples of {self.size_multiple} "
+                f"(autoencoder factor x patch size); use {near[0]} and {near[1]}"
+            )
+        return height, width
+
+    def _encode_references(
+        self, references: list[list[Image.Image]], size: tuple[int, int], generator: torch.Generator | None
+    ) -> Any:
+        """Sampled posterior latents, as released: (B, C, h, w) for one each, else lists."""
+        if all(len(images) == 1 for images in references):
+            pixels = torch.stack([to_tensor(images[0].convert("RGB"), size) for images in references])
+            return self._sample(pixels, generator)
+        rows = []
+        for images in references:
+            sizes = [size] if len(images) == 1 else [self._own_size(image) for image in images]
+            pixels = [to_tensor(image.convert("RGB"), own) for image, own in zip(images, sizes, strict=True)]
+            rows.append([self._sample(p[None], generator)[0] for p in pixels])
+        return rows
+
+    def _own_size(self, image: Image.Image) -> tuple[int, int]:
+        return fit_size(image.height, image.width, max(image.size), self.size_multiple)
+
+    def _sample(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        moments = encode_moments(self.vae, pixels.to(self._execution_device))
+        mean = moments.chunk(2, dim=1)[0]
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        return sample_latents(self.vae, moments, noise)
+
+    def _velocity(
+        self, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor] | None, references: Any, scale: float
+    ) -> Any:
+        """velocity(x, sigma) under guidance; both branches see the references, only the text differs."""
+        sequence, pooled = positive
+        if negative is not None:
+            sequence, pooled = torch.cat([negative[0], sequence]), torch.cat([negative[1], pooled])
+            if references is not None:
+                twice = isinstance(references, Tensor)
+                references = torch.cat([references] * 2) if twice else [*references, *references]
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            copies = 1 if negative is None else 2
+            v = self.transformer(
+                hidden_states=torch.cat([x] * copies).to(self.transformer.dtype),
+                ref_hidden_states=references,
+                encoder_hidden_states=sequence,
+                pooled_projections=pooled,
+                timestep=1000 * torch.cat([sigma] * copies),
+                return_dict=False,
+            )[0].float()
+            return v if negative is None else guide(*v.chunk(2), scale)
+
+        return velocity
+
+
+def group_references(image: Images | None, count: int) -> list[list[Image.Image]] | None:
+    """References of each of `count` prompts, or None where there are none at all."""
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        return [[image]] * count
+    groups = [[entry] if isinstance(entry, Image.Image) else list(entry) for entry in image]
+    if len(groups) != count:
+        raise ValueError(f"expected references for each of {count} prompts, got {len(groups)}; nest several in a list")
+    return groups if any(groups) else None
+
+
+def to_output(pixels: Float[Tensor, "b 3 h w"], output_type: str) -> Any:
+    """Pixels in [-1, 1] to the form asked for."""
+    unit = (pixels / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return unit
+    array = unit.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    if output_type != "pil":
+        raise ValueError(f"output_type is {output_type!r}; expected pil, np, pt or latent")
+    return [Image.fromarray(picture) for picture in np.rint(array * 255).astype(np.uint8)]

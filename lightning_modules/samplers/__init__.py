@@ -1,0 +1,1 @@
+"""The probability path and how it is walked."""
