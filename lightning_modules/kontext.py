@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
@@ -19,6 +20,8 @@ from lightning_modules.networks.autoencoder import encode_moments, sample_latent
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.flops import forward_flops
 from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.pipelines.encoders import LatentEncoder
+from lightning_modules.pipelines.prompts import PromptCache
 from lightning_modules.pocket import checkpoint_folder
 from lightning_modules.samplers import path, timesteps
 from lightning_modules.schedule import AdamW, adamw
@@ -77,6 +80,7 @@ class KontextModule(L.LightningModule):
         self.compile_blocks = compile
         self.transformer: Any = None
         self._pipeline: KontextPipeline | None = None
+        self._prompts: PromptCache | None = None
 
     def prepare_data(self) -> None:
         """Builds the pocket checkpoint folder if it is asked for and missing (rank 0)."""
@@ -87,6 +91,7 @@ class KontextModule(L.LightningModule):
         if self.transformer is not None:
             return
         self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
+        self._prompts = PromptCache(self._pipeline)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
         if self.compile_blocks:
@@ -96,6 +101,12 @@ class KontextModule(L.LightningModule):
         """The inference pipeline on the live weights, frozen parts included, on this module's device."""
         assert self._pipeline is not None, "configure_model has not run"
         return self._pipeline.to(self.device)
+
+    def latent_encoder(self) -> LatentEncoder:
+        """The frozen autoencoder for the data's latent cache; usable before the module is configured."""
+        if self._pipeline is not None:
+            return LatentEncoder(self._pipeline.vae)
+        return LatentEncoder(AutoencoderKL.from_pretrained(checkpoint_folder(self.pretrained), subfolder="vae"))
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
@@ -175,11 +186,11 @@ class KontextModule(L.LightningModule):
 
     @torch.no_grad()
     def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
-        """Text embeddings, with captions dropped to "" by chance; equal prompts of a batch are encoded once."""
-        assert self._pipeline is not None
+        """Text embeddings, with captions dropped to "" by chance; a prompt that was seen before is not encoded again."""
+        assert self._prompts is not None
         dropped = self.draw(torch.rand, (), "caption dropout", batch) < self.dropout.caption.get(batch.task, 0.0)
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
-        return self._pipeline.encode_unique(prompts)
+        return self._prompts(prompts)
 
     def training_flops(self, batch: ImageBatch) -> float:
         """Model FLOPs of one training step on this batch: 3 x forward, without the frozen encoders."""
@@ -193,6 +204,16 @@ class KontextModule(L.LightningModule):
             images += [image for sample in batch.references for image in sample]
         tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
         return 3 * len(batch) * forward_flops(self.transformer.config, tokens, self._pipeline.text_tokens)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_([p for _, p in self.trainable_parameters()], gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)

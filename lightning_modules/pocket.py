@@ -215,11 +215,14 @@ def build_clip(folder: Path, recipe: Recipe) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=recipe.clip_tokens,
-        initializer_factor=10.0,
         bos_token_id=None,
         eos_token_id=2,  # the class then takes the largest id, which is <|endoftext|> in a vocabulary that ends with it
     )
-    CLIPTextModelWithProjection(config).save_pretrained(folder)
+    encoder = CLIPTextModelWithProjection(config)
+    with torch.no_grad():
+        for table in (m for m in encoder.modules() if isinstance(m, torch.nn.Embedding)):
+            table.weight.normal_()
+    encoder.save_pretrained(folder)
 
 
 def build_t5(folder: Path, recipe: Recipe) -> None:

@@ -1,0 +1,106 @@
+"""What a finished run was: summary.json, and `latest` beside the run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.atomic import replace_file
+from callbacks.ema import averaged
+from callbacks.sample_grid import inference
+from callbacks.stage import stage
+from callbacks.throughput import Throughput, peak_memory_bytes
+from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
+
+SUMMARY = "summary.json"
+
+
+class Summary(Callback):
+    """Writes <log_dir>/summary.json when training has ended, evaluated with the averaged weights.
+
+    Holds the benchmark's metrics, the last losses, `seconds` (first to last optimiser step), `setup_seconds` (before),
+    `eval_seconds` (the benchmark), what Throughput counted, seed, versions and git commit. List it after Export.
+
+    Args:
+        benchmark: scenes to evaluate on; None where the data has no ground truth.
+        seed: the run's seed, for the record.
+    """
+
+    def __init__(self, benchmark: SceneBenchmark | None = None, seed: int | None = None) -> None:
+        self.benchmark, self.seed = benchmark, seed
+        self._created = time.perf_counter()
+        self._setup_seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._setup_seconds = time.perf_counter() - self._created
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        started, metrics = time.perf_counter(), dict[str, float]()
+        if self.benchmark is not None:
+            with averaged(trainer, pl_module, full_precision=True), inference(trainer, pl_module):
+                metrics = evaluate(stage(pl_module).pipeline(), self.benchmark)
+        summary = {
+            **metrics,
+            **{name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name},
+            "setup_seconds": self._setup_seconds,
+            "eval_seconds": time.perf_counter() - started,
+            **throughput(trainer),
+            "benchmark": None if self.benchmark is None else asdict(self.benchmark),
+            "steps": trainer.global_step,
+            "seed": self.seed,
+            "torch": torch.__version__,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "git_commit": git_commit(),
+        }
+        text = json.dumps(summary, indent=2) + "\n"
+        replace_file(folder / SUMMARY, lambda file: file.write(text.encode()))
+        point_latest(folder)
+        for name in ("edit_success", "t2i_success", "preservation", "seconds"):
+            if name in summary:
+                print(f"{name} {summary[name]:.4g}")
+        print(f"look at {folder / SUMMARY}, {folder / 'samples'} and {folder / 'export'}; curves: tensorboard --logdir {folder}")
+
+
+def throughput(trainer: Trainer) -> dict[str, Any]:
+    """What the Throughput callback counted, if there is one."""
+    found = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+    facts: dict[str, Any] = {"peak_memory_bytes": peak_memory_bytes(trainer.strategy.root_device)}
+    if found is not None:
+        facts |= {
+            "seconds": found.train_seconds,
+            "samples_seen": found.samples_seen,
+            "samples_per_second": found.samples_per_second,
+        }
+    return facts
+
+
+def git_commit() -> str | None:
+    """The commit that is checked out, "+" behind it where files differ; None outside a checkout."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def point_latest(folder: Path) -> None:
+    """Sets the link `latest` beside a run's folder to it, in one step."""
+    temporary = folder.parent / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    os.replace(temporary, folder.parent / "latest")

@@ -1,0 +1,151 @@
+"""Commands that need no Trainer: test an export on the benchmark, predict pictures with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+
+from data_pipeline.counters import generator
+from data_pipeline.errors import InputError
+from data_pipeline.records import slug
+from data_pipeline.sources.folder import EXTENSIONS
+from data_pipeline.transforms import decode
+from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
+from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.pipelines import KontextPipeline
+
+COMMANDS = ("test", "predict")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make: a prompt, and a picture to edit or None."""
+
+    name: str
+    prompt: str
+    source: Path | None
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parses and runs one of COMMANDS."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_modules.cli", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in COMMANDS:
+        command = commands.add_parser(name, allow_abbrev=False)
+        command.add_argument("-c", "--config", type=Path, required=True, help="the run's config")
+        command.add_argument("--export", type=Path, help="checkpoint folder; default runs/<config>/latest/export")
+    command.add_argument("--input", type=Path, required=True, help="folder of pictures, or JSONL of prompts")
+    command.add_argument("--instruction", help="the edit of every picture of a folder")
+    command.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    command.add_argument("--steps", type=int, default=28, help="Euler steps")
+    command.add_argument("--guidance", type=float, default=3.5, help="classifier-free guidance, 1 for none")
+    command.add_argument("--size", type=int, help="pixels of the longer side; default the config's image_size")
+    command.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    return test(arguments) if arguments.command == "test" else predict(arguments)
+
+
+def read_config(path: Path) -> dict:
+    """A run's YAML as plain data."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a run's config; expected YAML with model, data and trainer")
+    return content
+
+
+def load_export(arguments: argparse.Namespace) -> KontextPipeline:
+    """The pipeline of --export, or of the config's last finished run."""
+    parts = arguments.config.with_suffix("").parts
+    name = Path(*parts[parts.index("configs") + 1 :]) if "configs" in parts else Path(parts[-1])
+    folder = arguments.export or Path("runs") / name / "latest" / "export"
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no export {folder}; train one (fit -c {arguments.config}) or give --export FOLDER")
+    pipeline = KontextPipeline.from_pretrained(folder)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test(arguments: argparse.Namespace) -> int:
+    """Prints the summary's metrics for an export."""
+    settings = read_config(arguments.config).get("benchmark")
+    if settings is None:
+        raise InputError(f"{arguments.config} has no benchmark; test needs one, such as benchmark: {{level: 1}}")
+    try:
+        benchmark = SceneBenchmark(**settings)
+    except TypeError as error:
+        raise InputError(f"{arguments.config}: benchmark: {error}") from error
+    print(json.dumps(evaluate(load_export(arguments), benchmark), indent=2))
+    return 0
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """Writes a picture for each request; a picture that cannot be read is named and counted, not fatal."""
+    requests = list(read_requests(arguments.input, arguments.instruction))
+    pipeline = load_export(arguments)
+    size = arguments.size or read_config(arguments.config)["data"]["init_args"]["image_size"]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for i, request in enumerate(requests):
+        try:
+            source = None if request.source is None else fitted(request.source, size, pipeline.size_multiple)
+        except InputError as error:
+            failed += 1
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        side = {} if source is not None else {"height": size, "width": size}
+        picture = pipeline(
+            request.prompt,
+            image=source,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            generator=generator(arguments.seed, "predict", 0, i),
+            **side,
+        ).images[0]
+        picture.save(arguments.output / f"{request.name}.png")
+    print(f"{len(requests) - failed} pictures in {arguments.output}" + (f", {failed} skipped" if failed else ""))
+    return 2 if failed == len(requests) else 0
+
+
+def fitted(path: Path, size: int, multiple: int) -> Image.Image:
+    """A picture to edit, with its longer side brought to `size` by the released rule."""
+    from data_pipeline.transforms import fit_size
+
+    try:
+        picture = decode(path.read_bytes())
+    except Exception as error:  # a decoder may raise anything
+        raise InputError(f"{path} is not a readable png, jpeg or webp ({error})") from error
+    height, width = fit_size(picture.height, picture.width, size, multiple)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def read_requests(path: Path, instruction: str | None) -> Iterator[Request]:
+    """Requests of a folder of pictures with one instruction, or of JSONL lines {"prompt", "image" (optional)}."""
+    if path.is_dir():
+        pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
+        if not pictures:
+            raise InputError(f"--input {path} holds no pictures; expected {', '.join(EXTENSIONS)}")
+        if not instruction:
+            raise InputError(f"--input {path} is a folder of pictures; say what to do with them: --instruction TEXT")
+        yield from (Request(picture.stem, instruction, picture) for picture in pictures)
+        return
+    if not path.is_file():
+        raise InputError(f"--input {path} does not exist; expected a folder of pictures, or a JSONL file of prompts")
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f'--input {path} is empty; expected lines of {{"prompt": TEXT, "image": NAME (optional)}}')
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            prompt, image = row.get("prompt") or row.get("instruction"), row.get("image") or row.get("source")
+        except (json.JSONDecodeError, AttributeError) as error:
+            raise InputError(f"--input {path} line {number} is not a JSON object: {line[:60]!r}") from error
+        if not isinstance(prompt, str):
+            raise InputError(f'--input {path} line {number} has no "prompt": {line[:60]!r}')
+        yield Request(f"{number:05d}-{slug(prompt)[:40]}", prompt, path.parent / image if image else None)

@@ -1,0 +1,51 @@
+"""Text embeddings, remembered: a prompt gives the same bits whenever, and next to whatever, it is encoded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_modules.pipelines.kontext import KontextPipeline
+
+CHUNK = 32  # prompts encoded together: one fixed geometry, so that a result does not depend on its neighbours
+
+
+class PromptCache:
+    """Embeddings by prompt, the least recently used forgotten first.
+
+    Args:
+        pipeline: whose frozen text encoders are used.
+        max_bytes: memory for embeddings.
+    """
+
+    def __init__(self, pipeline: KontextPipeline, max_bytes: int = 1 << 29) -> None:
+        self.pipeline, self.max_bytes, self._bytes = pipeline, max_bytes, 0
+        self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
+        """Sequence and pooled embeddings of the prompts."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._entries]
+        fresh: dict[str, tuple[Tensor, Tensor]] = {}
+        for start in range(0, len(missing), CHUNK):
+            chunk = missing[start : start + CHUNK]
+            padding = [f"{i}" for i in range(CHUNK - len(chunk))]
+            sequence, pooled = self.pipeline.encode_unique([*chunk, *padding])
+            fresh |= {p: (sequence[i].clone(), pooled[i].clone()) for i, p in enumerate(chunk)}
+        rows = [fresh.get(prompt) or self._entries[prompt] for prompt in prompts]
+        for prompt in prompts:
+            self._remember(prompt, fresh)
+        return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+    def _remember(self, prompt: str, fresh: dict[str, tuple[Tensor, Tensor]]) -> None:
+        if prompt in self._entries:
+            self._entries.move_to_end(prompt)
+        elif prompt in fresh:
+            self._entries[prompt] = fresh[prompt]
+            self._bytes += sum(t.nbytes for t in fresh[prompt])
+            while self._bytes > self.max_bytes and len(self._entries) > 1:
+                self._bytes -= sum(t.nbytes for t in self._entries.popitem(last=False)[1])
