@@ -69,7 +69,9 @@ class Summary(Callback):
         for name in ("edit_success", "t2i_success", "preservation", "seconds"):
             if name in summary:
                 print(f"{name} {summary[name]:.4g}")
-        print(f"look at {folder / SUMMARY}, {folder / 'samples'} and {folder / 'export'}; curves: tensorboard --logdir {folder}")
+        print(
+            f"look at {folder / SUMMARY}, {folder / 'samples'} and {folder / 'export'}; curves: tensorboard --logdir {folder}"
+        )
 
 
 def throughput(trainer: Trainer) -> dict[str, Any]:

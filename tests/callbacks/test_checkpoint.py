@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import ToyLoader, ToyModule, fingerprint, toy_trainer
 
 from callbacks import EMA, Checkpoint, RandomState, Throughput
 from callbacks.checkpoint import checkpoints, step_of
 from data_pipeline.errors import InputError
-from tests.callbacks.toy import ToyLoader, ToyModule, fingerprint, toy_trainer
 
 FOLDER = Path("version_0/checkpoints")
 

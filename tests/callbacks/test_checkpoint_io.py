@@ -36,7 +36,7 @@ def test_a_file_size_limit_keeps_the_previous_checkpoint(target: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(OSError, match="Could not write the checkpoint .*step_00000001.ckpt.*intact"):
+        with pytest.raises(OSError, match=r"Could not write the checkpoint .*step_00000001\.ckpt.*intact"):
             IO.save_checkpoint(NEW, target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -84,7 +84,7 @@ def test_code_in_a_checkpoint_is_refused_whatever_is_asked_for(target: Path) -> 
 
 
 def test_a_missing_checkpoint_names_the_ones_there_are(target: Path) -> None:
-    with pytest.raises(InputError, match="There is no checkpoint .*step_7.ckpt.*step_00000001.ckpt"):
+    with pytest.raises(InputError, match=r"There is no checkpoint .*step_7\.ckpt.*step_00000001\.ckpt"):
         IO.load_checkpoint(target.with_name("step_7.ckpt"))
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toy import ToyLoader, ToyModule, toy_trainer
 
 from callbacks import EMA, Checkpoint, Export
-from tests.callbacks.toy import ToyLoader, ToyModule, toy_trainer
 
 
 class Saver(ToyModule):

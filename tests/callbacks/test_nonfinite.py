@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import ToyBatch, ToyLoader, ToyModule, fingerprint, toy_trainer
 
 from callbacks import EMA, NonFiniteError, NonFiniteGuard
 from callbacks.nonfinite import all_finite
-from tests.callbacks.toy import ToyBatch, ToyLoader, ToyModule, fingerprint, toy_trainer
 
 
 def fail(folder: Path, value: float, at: int, **options) -> tuple[ToyModule, EMA, str]:

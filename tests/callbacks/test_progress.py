@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from rich import reconfigure
+from toy import ToyLoader, ToyModule, toy_trainer
 
 from callbacks import Progress, Throughput
-from tests.callbacks.toy import ToyLoader, ToyModule, toy_trainer
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

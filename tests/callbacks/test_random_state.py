@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import Callback
+from toy import ToyLoader, ToyModule, toy_trainer
 
 from callbacks import Checkpoint, RandomState
 from callbacks.random_state import read_state, write_state
-from tests.callbacks.toy import ToyLoader, ToyModule, toy_trainer
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy import ToyLoader, ToyModule, toy_trainer
 
 from callbacks import EMA, Checkpoint, SampleGrid
 from callbacks.grid import GAP
 from data_pipeline.batches import ImageBatch
 from data_pipeline.errors import InputError
-from tests.callbacks.toy import ToyLoader, ToyModule, toy_trainer
 
 
 class Painter:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy import ToyBatch, ToyLoader, ToyModule, toy_trainer
 
 from callbacks import Checkpoint, Throughput
 from callbacks.throughput import peak_flops_of, peak_memory_bytes
-from tests.callbacks.toy import ToyBatch, ToyLoader, ToyModule, toy_trainer
 
 
 def logged(folder: Path) -> list[dict[str, float]]:

@@ -1,0 +1,37 @@
+# Each target sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two threads unless the caller says otherwise: more than there are cores makes small models crawl.
+export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
+
+.PHONY: fit test test-slow lint bench data clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+fit: $(VENV)/.installed
+	$(BIN)/python -m lightning_modules.cli fit -c configs/edit.yaml
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow --timeout 3000
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/framework_overhead.py
+
+data: $(VENV)/.installed
+	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1
+	$(BIN)/python -m data_pipeline inspect data/scenes/level1
+
+clean:
+	rm -rf pocket data runs

@@ -1,0 +1,235 @@
+"""Sources to shards: counted rejections, deterministic atomic tars, one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.__main__ import main
+from data_pipeline.errors import InputError
+from data_pipeline.index import load_index, read_member, sample_id
+from data_pipeline.recipe import load_recipe
+from data_pipeline.records import EncodedImage, TextImageRecord
+from data_pipeline.shards import MANIFEST, ShardWriter
+
+RECIPES = Path(__file__).parents[2] / "configs" / "data"
+
+
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (20, 12)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with three good records and one of each kind of bad one."""
+    root = tmp_path / "in"
+    for i, name in enumerate(["a.png", "sub/b.jpg", "c.d.webp"]):
+        picture(root / name, i).with_suffix(".txt").write_text(f"caption {i} é")
+    picture(root / "lonely.png")
+    (root / "orphan.txt").write_text("no picture")
+    picture(root / "empty.png").with_suffix(".txt").write_text("  ")
+    truncated = picture(root / "cut.png", 9)
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    truncated.with_suffix(".txt").write_text("cut")
+    (root / "fake.png").write_text("<html>not a picture</html>")
+    (root / "fake.txt").write_text("fake")
+    return root
+
+
+def build(recipe: str, source: Path, output: Path) -> dict:
+    return load_recipe(RECIPES / f"{recipe}.yaml", ["--source.path", str(source)]).build(output)
+
+
+def test_a_folder_becomes_shards_and_every_loss_is_counted(pictures: Path, tmp_path: Path) -> None:
+    manifest = build("text_image", pictures, tmp_path / "out")
+    assert manifest["kept"] == {"text_image/unsplit": 3}
+    assert manifest["rejected"] == {
+        "caption_without_image": 1,
+        "empty_text": 1,
+        "image_without_caption": 1,
+        "unreadable_image": 2,
+    }
+    assert manifest["seen"] == 8
+    assert any("lonely.png" in line for line in manifest["examples"]["image_without_caption"])
+
+
+def test_stock_webdataset_reads_the_tars(pictures: Path, tmp_path: Path) -> None:
+    build("text_image", pictures, tmp_path / "out")
+    samples = list(webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False))
+    assert len(samples) == 3
+    for sample in samples:
+        names = {name for name in sample if not name.startswith("__")}
+        assert len(names) == 2 and "json" in names and any(name.startswith("image.") for name in names)
+    captions = {json.loads(sample["json"])["caption"] for sample in samples}
+    assert captions == {"caption 0 é", "caption 1 é", "caption 2 é"}
+
+
+def test_the_index_finds_every_byte(pictures: Path, tmp_path: Path) -> None:
+    build("text_image", pictures, tmp_path / "out")
+    for record in load_index(tmp_path / "out"):
+        assert record.sample_id == sample_id(record.key) >= 0
+        for name, member in record.members.items():
+            assert hashlib.sha256(read_member(record, name)).hexdigest() == member.sha256
+        assert (record.members["image"].width, record.members["image"].height) == (20, 12)
+
+
+def test_equal_input_gives_equal_bytes(pictures: Path, tmp_path: Path) -> None:
+    first, second = (build("text_image", pictures, tmp_path / name) for name in ("one", "two"))
+    assert first["shards"] == second["shards"]
+    for name in ("shard-000000.tar", "shard-000000.index.parquet"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_building_again_does_nothing_and_overwrites_nothing(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build("text_image", pictures, out)
+    before = {f: f.stat().st_mtime_ns for f in out.iterdir()}
+    assert build("text_image", pictures, out)["reused"]
+    assert before == {f: f.stat().st_mtime_ns for f in out.iterdir()}
+    manifest = tmp_path / "edits.jsonl"
+    manifest.write_text("{}")
+    with pytest.raises(InputError, match="another recipe"):
+        build("edit", manifest, out)
+    with pytest.raises(InputError, match="no build"):
+        build("text_image", pictures, pictures)
+    assert before == {f: f.stat().st_mtime_ns for f in out.iterdir()}
+
+
+def test_a_failing_build_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("alone")
+    with pytest.raises(InputError, match=r"no record survived.*\n.*caption_without_image"):
+        build("text_image", tmp_path / "in", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+@pytest.fixture
+def triplets(tmp_path: Path) -> Path:
+    """A manifest with good lines and one of each kind of bad one."""
+    root = tmp_path / "pairs"
+    for i, name in enumerate(["s.png", "t.png", "u.png"]):
+        picture(root / name, i)
+    picture(tmp_path / "outside.png")
+    lines = [
+        {"source": "s.png", "target": "t.png", "instruction": "make it blue"},
+        {"source": "s.png", "target": "t.png", "instruction": "make it bluer"},
+        {"source": ["s.png", "u.png"], "target": "t.png", "instruction": "mix them"},
+        {"source": "s.png", "target": "t.png", "instruction": "make it blue"},
+        {"source": "s.png", "target": "missing.png", "instruction": "x"},
+        {"source": "../outside.png", "target": "t.png", "instruction": "x"},
+        {"source": str(tmp_path / "outside.png"), "target": "t.png", "instruction": "x"},
+        {"source": "s.png", "instruction": "x"},
+        {"source": [], "target": "t.png", "instruction": "x"},
+        {"source": "s.png\0", "target": "t.png", "instruction": "x"},
+    ]
+    manifest = root / "edits.jsonl"
+    manifest.write_text("\n".join([*map(json.dumps, lines), "not json", "[1, 2]", "", "[" * 5000]))
+    return manifest
+
+
+def test_a_manifest_becomes_edits_and_bad_lines_are_named(triplets: Path, tmp_path: Path) -> None:
+    manifest = build("edit", triplets, tmp_path / "out")
+    assert manifest["kept"] == {"edit/unsplit": 3}
+    assert manifest["rejected"] == {
+        "bad_json": 3,
+        "duplicate_record": 1,
+        "missing_field": 2,
+        "missing_file": 2,
+        "path_outside_folder": 2,
+    }
+    assert any("line 11" in line for line in manifest["examples"]["bad_json"])
+    records = load_index(tmp_path / "out")
+    assert sorted(len(r.members) for r in records) == [3, 3, 4]
+    assert list(records[0].members) == ["source0", "target", "json"]
+
+
+def test_a_picture_larger_than_the_limit_is_refused_from_its_header(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    Image.new("1", (9000, 9000)).save(root / "bomb.png")
+    picture(root / "good.png").with_suffix(".txt").write_text("good")
+    (root / "bomb.txt").write_text("bomb")
+    assert build("text_image", root, tmp_path / "out")["rejected"] == {"too_many_pixels": 1}
+
+
+def test_shards_are_cut_by_count_and_keys_are_checked(tmp_path: Path) -> None:
+    image = EncodedImage(picture(tmp_path / "x.png").read_bytes(), "png")
+    with ShardWriter(tmp_path / "out", records_per_shard=2) as writer:
+        for i in range(5):
+            writer.write(TextImageRecord(f"k{i}", image, "c"))
+        with pytest.raises(ValueError, match="unique"):
+            writer.write(TextImageRecord("k0", image, "c"))
+        with pytest.raises(ValueError, match=r"\[0-9a-z_-\]"):
+            writer.write(TextImageRecord("../k", image, "c"))
+    assert [s["records"] for s in writer.shards] == [2, 2, 1]
+    assert [r.key for r in load_index(tmp_path / "out")] == ["k0", "k1", "k2", "k3", "k4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["build", "-c", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
+        (["build", "-c", "{recipe}", "--source.path", "nowhere"], "nowhere does not exist"),
+        (["build", "-c", "{recipe}"], "source.path is not set"),
+        (["build", "-c", "{recipe}", "--source.path", "{empty}"], "holds no pictures"),
+        (["build", "-c", "{recipe}", "--source.pth", "{empty}"], "source.pth"),
+        (["build", "-c", "{unknown}", "--source.path", "{empty}"], "bogus"),
+        (["build", "-c", "{forbidden}"], "must start with data_pipeline."),
+        (["build", "-c", "{binary}"], "is not YAML"),
+        (["inspect", "nowhere"], "there is no folder of shards at nowhere"),
+        (["inspect", "{empty}"], "holds no shards"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe = RECIPES / "text_image.yaml"
+    (tmp_path / "unknown.yaml").write_text(recipe.read_text().replace('{path: ""', '{bogus: 1, path: ""'))
+    (tmp_path / "forbidden.yaml").write_text("source: {class_path: subprocess.Popen, init_args: {args: [id]}}")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    names = {name: tmp_path / f"{name}.yaml" for name in ("unknown", "forbidden", "binary")}
+    filled = [a.format(recipe=recipe, empty=tmp_path / "empty", **names) for a in arguments]
+    filled += ["--output", str(tmp_path / "out")] if filled[0] == "build" else []
+    assert main(filled) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and expected in captured.err
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_build_and_inspect_from_the_command_line(triplets: Path, tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "out")
+    command = ["build", "-c", str(RECIPES / "edit.yaml"), "--source.path", str(triplets), "--output", out]
+    assert main(command) == 0
+    assert "kept 3 edit/unsplit" in capsys.readouterr().out
+    assert main(["inspect", out]) == 0
+    assert "edit, unsplit" in capsys.readouterr().out
+    page = Path(out, "inspect.html").read_text()
+    assert page.count("<figure>") == 3 and "make it bluer" in page and "http" not in page
+
+
+def test_captions_cannot_inject_html(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    picture(root / "a.png").with_suffix(".txt").write_text("<script>alert(1)</script>")
+    build("text_image", root, tmp_path / "out")
+    main(["inspect", str(tmp_path / "out")])
+    assert "<script>" not in (tmp_path / "out" / "inspect.html").read_text()
+
+
+def test_a_truncated_shard_is_named(pictures: Path, tmp_path: Path) -> None:
+    build("text_image", pictures, tmp_path / "out")
+    shard = tmp_path / "out" / "shard-000000.tar"
+    record = load_index(tmp_path / "out")[-1]
+    os.truncate(shard, record.members["json"].offset + 3)
+    with pytest.raises(InputError, match="truncated, build it again"):
+        read_member(record, "json")
+    assert (tmp_path / "out" / MANIFEST).is_file()
