@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.executors.local import summary
+from data_pipeline.executors.local import leftovers, summary
 from data_pipeline.inspect import inspect
 from data_pipeline.recipe import load_recipe
 
@@ -42,10 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}; check the path, its permissions and the space left", file=sys.stderr)
+        return 2
     print(summary(manifest))
     if manifest.get("reused"):
-        print("nothing to do: this build was finished before")
-    print(f"{len(manifest['shards'])} shards in {arguments.output}; look: python -m data_pipeline inspect {arguments.output}")
+        print("nothing to do: this build was finished before; to build changed input, choose a new --output")
+    for path in leftovers(arguments.output):
+        print(f"unfinished: {path} is left of a build that was killed, or of one that runs now; remove the former")
+    count, output = len(manifest["shards"]), arguments.output
+    print(f"{count} shards in {output}; look: python -m data_pipeline inspect {output}")
     return 0
 
 

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Member:
-    """One file of a record inside a tar: byte range, pixels (0 for JSON) and sha256 of its bytes."""
+    """One file of a record inside a tar: byte range, pixels when upright (0 for JSON) and sha256 of its bytes."""
 
     offset: int
     size: int
@@ -68,13 +68,12 @@ def sidecar(shard: Path) -> Path:
 def load_index(folder: Path) -> list[IndexedRecord]:
     """All records of a folder of shards, in stored order."""
     folder = Path(folder)
+    remedy = f"build some: python -m data_pipeline build -c RECIPE --output {folder}"
     if not folder.is_dir():
-        raise InputError(
-            f"there is no folder of shards at {folder}; build one: python -m data_pipeline build -c RECIPE --output {folder}"
-        )
+        raise InputError(f"there is no folder of shards at {folder}; {remedy}")
     shards = sorted(folder.glob("*.tar"))
     if not shards:
-        raise InputError(f"{folder} holds no shards (*.tar); build some: python -m data_pipeline build -c RECIPE --output {folder}")
+        raise InputError(f"{folder} holds no shards (*.tar); {remedy}")
     records: list[IndexedRecord] = []
     for shard in shards:
         if not sidecar(shard).is_file():
@@ -86,7 +85,11 @@ def load_index(folder: Path) -> list[IndexedRecord]:
 def _grouped(shard: Path) -> Iterable[IndexedRecord]:
     """Rows of one sidecar to records; members of a record are adjacent."""
     current: IndexedRecord | None = None
-    for row in pq.read_table(sidecar(shard), schema=SCHEMA).to_pylist():
+    try:
+        rows = pq.read_table(sidecar(shard), schema=SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{sidecar(shard)} is damaged, build the shards again: {error}") from error
+    for row in rows:
         if current is None or current.key != row["key"]:
             if current is not None:
                 yield current
@@ -109,7 +112,7 @@ def read_member(record: IndexedRecord, name: str) -> bytes:
     data = os.pread(_descriptor(str(record.shard), os.getpid()), member.size, member.offset)
     if len(data) != member.size:
         raise InputError(
-            f"{record.shard}: record {record.key} should have {member.size} bytes of {name} at {member.offset}, the file "
-            f"ends after {len(data)}; the shard is truncated, build it again"
+            f"{record.shard}: record {record.key} should have {member.size} bytes of {name} at {member.offset}, the "
+            f"file ends after {len(data)}; the shard is truncated, build it again"
         )
     return data

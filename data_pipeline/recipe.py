@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,23 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not YAML: {error}") from error
-    if not isinstance(content, dict) or set(content) - {"source", "steps", "records_per_shard"} or "source" not in content:
+        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    fields = {"source", "steps", "records_per_shard"}
+    if not isinstance(content, dict) or set(content) - fields or "source" not in content:
         got = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise InputError(f"recipe {path}: expected the fields source, steps and records_per_shard, got {got}")
     source = configured(content["source"], "source", overrides)
-    steps = [configured(step, f"steps.{i}") for i, step in enumerate(content.get("steps") or [])]
+    if not isinstance(source, Iterable):
+        raise InputError(f"recipe {path}: {content['source']['class_path']} is no source; see data_pipeline.sources")
+    listed = content.get("steps") or []
+    if not isinstance(listed, list):
+        raise InputError(f"recipe {path}: steps is {listed!r}; expected a list, each with a class_path")
+    steps = [configured(step, f"steps.{i}") for i, step in enumerate(listed)]
+    for spec, step in zip(listed, steps, strict=True):
+        if not callable(step):
+            raise InputError(f"recipe {path}: {spec['class_path']} is no step; see data_pipeline.steps")
     size = content.get("records_per_shard", 4096)
-    if not isinstance(size, int) or size < 1:
+    if type(size) is not int or size < 1:
         raise InputError(f"recipe {path}: records_per_shard is {size!r}; expected a whole number of at least 1")
     return Recipe(source, steps, size)
 
@@ -66,14 +75,11 @@ def configured(spec: Any, name: str, overrides: Sequence[str] = ()) -> Any:
     """Builds {"class_path": ..., "init_args": {...}}, type-checked, with dotted overrides."""
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
         raise InputError(f"{name} must have a class_path, such as data_pipeline.sources.Folder; got {spec!r}")
+    unknown = sorted(map(str, set(spec) - {"class_path", "init_args"}))
+    if unknown:
+        raise InputError(f"{name}: expected the fields class_path and init_args, got also {unknown}")
     class_path = spec["class_path"]
-    module, _, qualname = class_path.rpartition(".")
-    if not class_path.startswith(ALLOWED):
-        raise InputError(f"{name}.class_path is {class_path}; it must start with {ALLOWED}")
-    try:
-        cls = getattr(import_module(module), qualname)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{name}.class_path {class_path} does not exist: {error}") from error
+    cls = allowed_class(class_path, name)
     parser = ArgumentParser(exit_on_error=False, prog="data_pipeline build")
     parser.add_class_arguments(cls, name.replace(".", "_"))
     try:
@@ -82,5 +88,20 @@ def configured(spec: Any, name: str, overrides: Sequence[str] = ()) -> Any:
         return parser.instantiate(config)[name.replace(".", "_")]
     except InputError:
         raise
-    except Exception as error:  # noqa: BLE001 - jsonargparse reports a user's mistake by several types
-        raise InputError(f"{name} ({class_path}): {error}") from error
+    except Exception as error:  # jsonargparse reports a user's mistake by several types
+        raise InputError(f"{name} ({class_path}): {' '.join(str(error).split())}") from error
+
+
+def allowed_class(class_path: str, name: str) -> type:
+    """A dataclass of this package by its path; the prefix is checked before anything is imported."""
+    module, _, attribute = class_path.rpartition(".")
+    if not class_path.startswith(ALLOWED):
+        raise InputError(f"{name}.class_path is {class_path}; it must start with {ALLOWED}")
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name}.class_path {class_path} does not exist: {error}") from error
+    # A module also holds the names it imports; only classes written here may be built from a file.
+    if not (isinstance(cls, type) and is_dataclass(cls) and cls.__module__.startswith(ALLOWED)):
+        raise InputError(f"{name}.class_path {class_path} is no class of this package that a recipe can build")
+    return cls

@@ -30,6 +30,8 @@ from lightning_modules.networks.tokenizers import clip_tokenizer, phrase_tokeniz
 
 logger = logging.getLogger(__name__)
 
+NEIGHBOURS = (-1, 1, -2, 2)  # the offset that each head of the text encoder attends to
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -42,9 +44,9 @@ class Recipe:
     vae_batch: int = 8
     vae_lr: float = 3e-3
     clip_width: int = 32
-    clip_tokens: int = 12
+    clip_tokens: int = 8
     t5_tokens: int = 20
-    text_width: int = 64
+    text_width: int = 128
     layers: int = 4
     heads: int = 4
     head_dim: int = 32
@@ -226,21 +228,25 @@ def build_clip(folder: Path, recipe: Recipe) -> None:
 
 
 def build_t5(folder: Path, recipe: Recipe) -> None:
-    """An untrained T5 encoder whose heads look at fixed distances, so that neighbouring words mix as order tells."""
+    """An untrained T5 encoder whose heads look at the neighbouring tokens, so that word order reaches the features."""
     config = T5Config(
         vocab_size=1200,
         d_model=recipe.text_width,
-        d_kv=16,
+        d_kv=recipe.text_width // len(NEIGHBOURS),
         d_ff=2 * recipe.text_width,
-        num_layers=2,
-        num_heads=4,
+        num_layers=1,
+        num_heads=len(NEIGHBOURS),
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
     encoder = T5EncoderModel(config)
     bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
     with torch.no_grad():
-        bias.weight.normal_(0.0, 3.0)
+        bias.weight.zero_()
+        for head, offset in enumerate(NEIGHBOURS):
+            # T5 has a bucket for each small distance, those to the right in the upper half.
+            bucket = abs(offset) + (config.relative_attention_num_buckets // 2 if offset > 0 else 0)
+            bias.weight[bucket, head] = 8.0
     encoder.save_pretrained(folder)
 
 

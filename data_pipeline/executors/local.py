@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.index import sidecar
 from data_pipeline.records import Record, Rejected
-from data_pipeline.shards import MANIFEST, ShardWriter, atomic_write
+from data_pipeline.shards import MANIFEST, ShardWriter, atomic_write, read_manifest
 
 Step = Callable[[Record], Record | Rejected]
 EXAMPLES = 5  # rejections of a reason that the manifest quotes
@@ -41,18 +42,22 @@ class Survival:
 
 
 def survivors(source: Iterable[Record | Rejected], steps: Sequence[Step], survival: Survival) -> Iterable[Record]:
-    """Records that come through every step."""
+    """Records that come through every step, each key once."""
+    keys: set[str] = set()
     for item in source:
         survival.seen += 1
         for step in steps:
             if isinstance(item, Rejected):
                 break
             item = step(item)
+        if not isinstance(item, Rejected) and item.key in keys:
+            item = Rejected(item.key, "duplicate_record", "an equal record came before")
         if isinstance(item, Rejected):
             survival.reject(item)
-        else:
-            survival.keep(item)
-            yield item
+            continue
+        keys.add(item.key)
+        survival.keep(item)
+        yield item
 
 
 def build(
@@ -72,15 +77,10 @@ def build(
     if done is not None:
         return {**done, "reused": True}
     output.parent.mkdir(parents=True, exist_ok=True)
-    survival, keys = Survival(), set[str]()
+    survival = Survival()
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as partial:
         with ShardWriter(Path(partial) / "shards", records_per_shard) as writer:
             for record in survivors(source, steps, survival):
-                if record.key in keys:
-                    survival.kept[f"{record.kind}/{record.split or 'unsplit'}"] -= 1
-                    survival.reject(Rejected(record.key, "duplicate_record", "an equal record came before"))
-                    continue
-                keys.add(record.key)
                 writer.write(record)
         manifest = {
             "version": VERSION,
@@ -108,10 +108,21 @@ def finished(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     manifest = output / MANIFEST
     if not output.is_dir() or not manifest.is_file():
         raise InputError(f"--output {output} holds something that is no build; choose a new folder")
-    found = json.loads(manifest.read_text())
-    if found["recipe"] != recipe:
-        raise InputError(f"--output {output} holds the build of another recipe; choose a new folder, or remove that one")
+    found = read_manifest(output)
+    if found["recipe"] != json.loads(json.dumps(recipe)):  # a tuple comes back from JSON as a list
+        raise InputError(f"--output {output} holds the build of another recipe; choose a new folder, or remove it")
+    for shard in found["shards"]:
+        path = output / shard["name"]
+        size = path.stat().st_size if path.is_file() and sidecar(path).is_file() else None
+        if size != shard["bytes"]:
+            state = "or its index is missing" if size is None else f"has {size} bytes, expected {shard['bytes']}"
+            raise InputError(f"--output {output} holds a damaged build: {path.name} {state}; choose a new folder")
     return found
+
+
+def leftovers(output: Path) -> list[Path]:
+    """Unfinished folders beside `output`: of builds that were killed, or that run now."""
+    return sorted(Path(output).parent.glob(f".{Path(output).name}.*.partial"))
 
 
 def summary(manifest: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.records import EncodedImage, Record, Rejected, TextImageRecord, slug
 
 EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+MAX_BYTES = 1 << 28  # of a file: no picture of an allowed size needs more, and a larger one would fill the memory
 
 
 def existing_path(path: str, expected: str) -> Path:
@@ -24,7 +25,24 @@ def existing_path(path: str, expected: str) -> Path:
 
 def file_key(relative: str) -> str:
     """A readable key, unique by a hash of the whole relative path."""
-    return f"{slug(Path(relative).stem)[:40]}-{hashlib.sha256(relative.encode()).hexdigest()[:10]}".lstrip("-")
+    digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    return f"{slug(Path(relative).stem)[:40]}-{digest}".lstrip("-")
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be stored: bytes of a name that are not UTF-8 are replaced."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def read_file(path: Path) -> bytes | tuple[str, str]:
+    """A file's bytes, or (reason, detail) why not: one unreadable file must not end a build."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            return "file_too_large", f"{printable(path.name)}: {size} bytes, at most {MAX_BYTES}"
+        return path.read_bytes()
+    except OSError as error:
+        return "unreadable_file", f"{printable(path.name)}: {error.strerror}"
 
 
 @dataclass
@@ -49,19 +67,24 @@ class Folder:
         stems = {f.with_suffix("") for f in images}
         for caption in captions:
             if caption.with_suffix("") not in stems:
-                name = str(caption.relative_to(root))
-                yield Rejected(file_key(name), "caption_without_image", f"{name} has no picture of the same name")
+                name = caption.relative_to(root).as_posix()
+                detail = f"{printable(name)} has no picture of the same name"
+                yield Rejected(file_key(name), "caption_without_image", detail)
         for image in images:
             yield self._record(root, image)
 
     def _record(self, root: Path, image: Path) -> Record | Rejected:
-        name = str(image.relative_to(root))
-        key, caption = file_key(name), image.with_suffix(".txt")
+        path = image.relative_to(root).as_posix()
+        name, key, caption = printable(path), file_key(path), image.with_suffix(".txt")
         if not caption.is_file():
-            return Rejected(key, "image_without_caption", f"{name} has no {caption.name} beside it")
+            return Rejected(key, "image_without_caption", f"{name} has no {printable(caption.name)} beside it")
+        words, data = read_file(caption), read_file(image)
+        if isinstance(words, tuple) or isinstance(data, tuple):
+            return Rejected(key, *(words if isinstance(words, tuple) else data))
         try:
-            text = caption.read_text(encoding="utf-8").strip()
+            text = words.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            return Rejected(key, "caption_not_utf8", f"{caption.relative_to(root)}: {error}")
-        encoded = EncodedImage(image.read_bytes(), EXTENSIONS[image.suffix.lower()])
-        return TextImageRecord(key, encoded, text, self.origin or root.name, self.licence, metadata={"file": name})
+            return Rejected(key, "caption_not_utf8", f"the caption of {name}: {error}")
+        origin = self.origin or printable(root.resolve().name)
+        encoded = EncodedImage(data, EXTENSIONS[image.suffix.lower()])
+        return TextImageRecord(key, encoded, text, origin, self.licence, metadata={"file": name})

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from data_pipeline.errors import InputError
 from data_pipeline.records import EditRecord, EncodedImage, Record, Rejected, slug
-from data_pipeline.sources.folder import EXTENSIONS, existing_path
+from data_pipeline.sources.folder import EXTENSIONS, existing_path, read_file
 
-MAX_LINE = 1 << 20  # characters; a longer line is no triplet of names and an instruction
+MAX_LINE = 1 << 20  # bytes; a longer line is no triplet of names and an instruction
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Manifest:
             hint = f"; did you mean {found[0]}?" if found else ""
             raise InputError(f"source.path {path} is a folder; expected a .jsonl file{hint}")
         root, lines = path.parent.resolve(), 0
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     lines += 1
@@ -39,15 +39,18 @@ class Manifest:
         if not lines:
             raise InputError(f"source.path {path} is empty; expected one JSON object a line")
 
-    def _record(self, root: Path, name: str, number: int, line: str) -> Record | Rejected:
+    def _record(self, root: Path, name: str, number: int, line: bytes) -> Record | Rejected:
         place = f"{name} line {number}"
         key = f"line-{number}"
         try:
-            row = json.loads(line) if len(line) <= MAX_LINE else None
-        except (json.JSONDecodeError, RecursionError) as error:
+            if len(line) > MAX_LINE:
+                raise ValueError(f"a line of {len(line)} bytes, at most {MAX_LINE}")
+            row = json.loads(line.decode("utf-8-sig"))
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and is no text
+        except (ValueError, RecursionError) as error:
             return Rejected(key, "bad_json", f"{place}: {error}")
         if not isinstance(row, dict):
-            return Rejected(key, "bad_json", f"{place}: expected a JSON object, got {line[:60]!r}")
+            return Rejected(key, "bad_json", f"{place}: expected a JSON object, got {json.dumps(row)[:60]}")
         sources = row.get("source")
         sources = [sources] if isinstance(sources, str) else sources
         target, instruction = row.get("target"), row.get("instruction")
@@ -57,8 +60,8 @@ class Manifest:
         images = []
         for file in (*sources, target):
             found = read_image(root, file)
-            if isinstance(found, str):
-                return Rejected(key, found, f"{place}: {file}")
+            if isinstance(found, tuple):
+                return Rejected(key, found[0], f"{place}: {found[1]}")
             images.append(found)
         content = "\n".join([*sources, target, instruction])
         key = f"{slug(Path(target).stem)[:40]}-{hashlib.sha256(content.encode()).hexdigest()[:10]}".lstrip("-")
@@ -67,20 +70,24 @@ class Manifest:
         return EditRecord(key, tuple(images[:-1]), images[-1], instruction.strip(), origin, self.licence, "", facts)
 
 
-def is_names(value: Any) -> bool:
+def is_names(value: Any) -> TypeGuard[list[str]]:
     """Whether a field is a list of at least one text."""
     return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
-def read_image(root: Path, name: str) -> EncodedImage | str:
-    """A picture inside the manifest's folder, or the reason why not."""
+def read_image(root: Path, name: str) -> EncodedImage | tuple[str, str]:
+    """A picture inside the manifest's folder, or (reason, detail) why not."""
+    shown = repr(name[:200])
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            return "path_outside_folder"
+            return "path_outside_folder", f"{shown} leaves the manifest's folder"
         if not path.is_file():
-            return "missing_file"
-    except (OSError, ValueError):  # a name with a null byte, or too long
-        return "missing_file"
+            return "missing_file", f"{shown} is not in the manifest's folder"
+    except (OSError, ValueError, RuntimeError):  # a null byte, a name too long, a loop of links
+        return "missing_file", f"{shown} is no file name"
     extension = EXTENSIONS.get(path.suffix.lower())
-    return EncodedImage(path.read_bytes(), extension) if extension else "unknown_extension"
+    if extension is None:
+        return "unknown_extension", f"{shown}; expected {', '.join(EXTENSIONS)}"
+    data = read_file(path)
+    return data if isinstance(data, tuple) else EncodedImage(data, extension)

@@ -13,7 +13,7 @@ from data_pipeline.scenes.world import LEVELS
 
 @dataclass
 class Scenes:
-    """Rendered scenes of a level: `count_text_image` captioned pictures, then `count_edit` edits, a sixteenth held out."""
+    """Rendered scenes: `count_text_image` captioned pictures, then `count_edit` edits; a sixteenth is held out."""
 
     level: int = 1
     count_text_image: int = 8192

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from data_pipeline.records import EncodedImage, Record, Rejected
+from data_pipeline.records import EncodedImage, Record, Rejected, TextImageRecord
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+FOUND = {**FORMATS, "MPO": "jpg"}  # a phone's JPEG with further pictures behind it; every reader sees the first
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Decode:
             if isinstance(found, tuple):
                 return Rejected(record.key, found[0], f"{name}: {found[1]}")
             checked[name] = found
-        if record.kind == "text_image":
+        if isinstance(record, TextImageRecord):
             return replace(record, image=checked["image"])
         target = checked.pop("target")
         return replace(record, sources=tuple(checked.values()), target=target)
@@ -55,10 +56,12 @@ class Decode:
                         return "too_many_pixels", f"{width} x {height} pixels, at most {self.max_pixels} in all"
                     if min(width, height) < self.min_side:
                         return "too_small", f"{width} x {height} pixels, each side at least {self.min_side}"
-                    if getattr(picture, "n_frames", 1) > 1:
+                    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
                         return "animated", f"{picture.n_frames} frames"  # type: ignore[attr-defined]
-                    extension = FORMATS[str(picture.format)]
+                    extension = FOUND[str(picture.format)]
                     picture.load()
-        except Exception as error:  # noqa: BLE001 - a hostile file may raise anything inside a decoder
+        except Image.DecompressionBombError as error:
+            return "too_many_pixels", str(error)
+        except Exception as error:  # a hostile file may raise anything inside a decoder
             return "unreadable_image", f"{type(error).__name__}: {error}"
         return EncodedImage(image.data, extension)

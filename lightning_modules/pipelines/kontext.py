@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from torch import Tensor
 from data_pipeline.transforms import fit_size, to_tensor
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.autoencoder import decode_latents, encode_moments, sample_latents
-from lightning_modules.networks.loading import CheckpointError, read_json, require_parts
+from lightning_modules.networks.loading import CheckpointError, check_weights, read_json, require_parts, stored_shapes
 from lightning_modules.samplers.guidance import guide
 from lightning_modules.samplers.ode import euler
 from lightning_modules.samplers.timesteps import schedule
@@ -44,6 +44,10 @@ class KontextPipeline(StableDiffusion3Pipeline):
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or len(folder.parts) != 2:  # anything but a hub id, which is owner/name
             require_parts(folder, ("transformer", "vae", "scheduler"))
+            check_weights(AutoencoderKL, folder / "vae", {"AutoencoderKL"})
+            for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+                if (folder / part).is_dir():
+                    stored_shapes(folder / part)
         if "transformer" not in kwargs:
             kwargs["transformer"] = KontextTransformer.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", torch_dtype=kwargs.get("torch_dtype")
