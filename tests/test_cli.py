@@ -1,0 +1,179 @@
+"""The command line on micro models: a run and what it leaves, exact resumption after SIGKILL, mistakes in every slot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from micro import micro_config
+from PIL import Image
+
+from lightning_modules.pipelines import KontextPipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    argv = [sys.executable, "-m", "lightning_modules.cli", *map(str, arguments)]
+    return subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def ledger(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished micro run."""
+    folder = tmp_path_factory.mktemp("run")
+    result = command("fit", "-c", micro_config(folder), cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+def test_a_run_leaves_what_the_design_says(run: Path) -> None:
+    latest = run / "runs" / "micro" / "latest"
+    assert os.readlink(latest) == "version_0"
+    for name in ("config.yaml", "summary.json", "export/model_index.json", "checkpoints/step_00000012.ckpt"):
+        assert (latest / name).is_file(), name
+    assert (latest / "samples" / "step_000000.png").is_file() and (latest / "samples" / "step_000012.png").is_file()
+    assert list(latest.glob("events.out.tfevents*"))
+    assert "look at runs/micro/version_0" in (run / "stdout").read_text().strip().splitlines()[-1]
+
+
+def test_the_summary_holds_every_figure(run: Path) -> None:
+    summary = json.loads((run / "runs/micro/latest/summary.json").read_text())
+    names = ("edit_success", "t2i_success", "preservation", "seconds", "setup_seconds", "eval_seconds", "samples_seen")
+    assert set(names) | {"samples_per_second", "peak_memory_bytes", "seed", "git_commit"} <= set(summary)
+    assert summary["samples_seen"] == 24 and summary["steps"] == 12 and summary["seed"] == 0
+    assert all(0 <= summary[name] <= 1 for name in names[:3])
+    assert summary["seconds"] > 0 and summary["val/loss_edit"] > 0
+
+
+def test_the_checkpoint_holds_the_average_once_and_no_frozen_weights(run: Path) -> None:
+    state = torch.load(run / "runs/micro/latest/checkpoints/step_00000012.ckpt", weights_only=True)
+    assert all(name.startswith("transformer.") for name in state["state_dict"])
+    assert not any("vae" in key or "text_encoder" in key for key in state["state_dict"])
+
+
+def test_the_export_is_the_average_and_loads(run: Path) -> None:
+    pipeline = KontextPipeline.from_pretrained(run / "runs/micro/latest/export")
+    state = torch.load(run / "runs/micro/latest/checkpoints/step_00000012.ckpt", weights_only=True)
+    shadow = next(v for k, v in state["callbacks"].items() if k.startswith("EMA"))["shadow"]
+    exported = dict(pipeline.transformer.named_parameters())
+    assert shadow and all(torch.equal(exported[name.removeprefix("transformer.")], t) for name, t in shadow.items())
+
+
+def killed_and_resumed(folder: Path, kill_at: int, workers: int) -> list[dict]:
+    config = micro_config(folder, data__init_args__num_workers=workers)
+    content = yaml.safe_load(config.read_text())
+    content["trainer"]["callbacks"][-1]["init_args"]["kill_at"] = kill_at
+    fatal = config.with_name("fatal.yaml")
+    fatal.write_text(yaml.safe_dump(content))
+    result = command("fit", "-c", fatal, cwd=folder)
+    assert result.returncode == -signal.SIGKILL
+    fatal.write_text(config.read_text())
+    result = command("fit", "-c", fatal, "--resume", cwd=folder)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sorted(p.name for p in (folder / "runs/fatal").iterdir()) == ["latest", "version_0"]
+    return ledger(folder)
+
+
+@pytest.mark.parametrize(("kill_at", "workers"), [(5, 0), (7, 2)])
+def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, kill_at: int, workers: int) -> None:
+    whole = {row["step"]: row for row in ledger(run)}
+    rows = killed_and_resumed(tmp_path, kill_at, workers)
+    assert [row["step"] for row in rows] == [*range(1, kill_at + 1), *range(kill_at // 3 * 3 + 1, 13)]
+    assert all(row == whole[row["step"]] for row in rows)
+    averages = [
+        next(v for k, v in torch.load(p, weights_only=True)["callbacks"].items() if k.startswith("EMA"))["shadow"]
+        for p in (
+            run / "runs/micro/latest/checkpoints/step_00000012.ckpt",
+            tmp_path / "runs/fatal/latest/checkpoints/step_00000012.ckpt",
+        )
+    ]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kill_at", range(1, 12))
+def test_a_run_killed_anywhere_resumes_bit_for_bit(run: Path, tmp_path: Path, kill_at: int, workers: int) -> None:
+    if kill_at < 3:
+        pytest.skip("there is no checkpoint yet: --resume refuses, which test_mistakes covers")
+    test_a_killed_run_resumes_bit_for_bit(run, tmp_path, kill_at, workers)
+
+
+def test_predict_edits_a_folder_and_draws_prompts(run: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "in"
+    pictures.mkdir()
+    Image.fromarray(np.zeros((30, 60, 3), np.uint8)).save(pictures / "a.png")
+    (pictures / "broken.png").write_text("no picture")
+    options = ["-c", run / "configs/micro.yaml", "--steps", "1"]
+    edit = [*options, "--input", pictures, "--instruction", "make it red", "--output", tmp_path / "edited"]
+    result = command("predict", *edit, cwd=run)
+    assert result.returncode == 0 and "1 pictures" in result.stdout and "broken.png" in result.stderr
+    assert Image.open(tmp_path / "edited" / "a.png").size == (64, 32)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "it", "image": "in/a.png"}\n')
+    result = command("predict", *options, "--input", prompts, "--output", tmp_path / "drawn", cwd=run)
+    assert result.returncode == 0
+    sizes = [Image.open(p).size for p in sorted((tmp_path / "drawn").iterdir())]
+    assert sizes == [(64, 64), (64, 32)]
+
+
+def test_test_gives_the_summarys_metrics(run: Path) -> None:
+    result = command("test", "-c", run / "configs/micro.yaml", cwd=run)
+    summary = json.loads((run / "runs/micro/latest/summary.json").read_text())
+    metrics = json.loads(result.stdout)
+    assert metrics and metrics == {name: summary[name] for name in metrics}
+
+
+def test_validate_reports_the_losses(run: Path) -> None:
+    result = command("validate", "-c", run / "configs/micro.yaml", cwd=run)
+    assert result.returncode == 0 and "val/loss_edit" in result.stdout
+
+
+MISTAKES = {
+    "no config": (["fit", "-c", "nowhere.yaml"], "there is no config nowhere.yaml"),
+    "unknown field": (["fit", "-c", "{config}", "--data.init_args.bogus", "1"], "bogus"),
+    "unknown model field": (["fit", "-c", "{unknown}"], "learning_rate"),
+    "missing shards": (["fit", "-c", "{config}", "--data.init_args.shards", "[nowhere]"], "no folder of shards at nowhere"),
+    "empty shards": (["fit", "-c", "{config}", "--data.init_args.shards", "[{empty}]"], "holds no shards"),
+    "missing checkpoint": (["fit", "-c", "{config}", "--model.init_args.pretrained", "nowhere"], "no checkpoint folder nowhere"),
+    "bad resolution": (["fit", "-c", "{config}", "--data.init_args.image_size", "70"], "not divisible by size_multiple 16"),
+    "indivisible by the model": (
+        ["fit", "-c", "{config}", "--data.init_args.size_multiple", "8", "--data.init_args.image_size", "40"],
+        "multiples of its patch size",
+    ),
+    "nothing to resume": (["fit", "-c", "{config}", "--resume", "--trainer.max_steps", "1"], "no unfinished version"),
+    "no export": (["test", "-c", "{config}", "--export", "nowhere"], "no export nowhere"),
+    "nothing to predict": (["predict", "-c", "{config}", "--input", "nowhere", "--output", "o"], "nowhere does not exist"),
+    "no instruction": (["predict", "-c", "{config}", "--input", "{pictures}", "--output", "o"], "--instruction TEXT"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_clear_message(name: str, run: Path, tmp_path: Path) -> None:
+    arguments, expected = MISTAKES[name]
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    config = run / "configs/micro.yaml"
+    unknown = tmp_path / "unknown.yaml"
+    unknown.write_text(config.read_text().replace("lr:", "learning_rate:"))
+    places = {"config": config, "unknown": unknown, "empty": tmp_path / "empty", "pictures": tmp_path}
+    result = command(*(a.format(**places) for a in arguments), cwd=run)
+    assert result.returncode == 2
+    assert expected in result.stderr and "Traceback" not in result.stderr
+    assert (run / "runs/micro/latest/summary.json").is_file()
