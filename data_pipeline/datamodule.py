@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader
 
+from data_pipeline import scenes
 from data_pipeline.batches import ImageBatch
 from data_pipeline.cache import Item, LatentCache, build_cache
 from data_pipeline.dataset import PlannedDataset, PlanSampler, common_bucket, group, load_pixels
@@ -41,8 +42,11 @@ class SceneShards:
         return Recipe(Scenes(self.level, self.count_text_image, self.count_edit, self.seed))
 
     def folder(self) -> Path:
-        """Where they lie: a name for each recipe."""
-        return Path(self.root) / f"level{self.level}-{self.recipe().fingerprint}"
+        """Where they lie: a name for each recipe and each version of the code that draws scenes."""
+        digest = hashlib.sha256(self.recipe().fingerprint.encode())
+        for file in sorted(Path(scenes.__file__).parent.glob("*.py")):
+            digest.update(file.read_bytes())
+        return Path(self.root) / f"level{self.level}-{digest.hexdigest()[:12]}"
 
 
 class ShardDataModule(L.LightningDataModule):
@@ -51,7 +55,8 @@ class ShardDataModule(L.LightningDataModule):
     Args:
         shards: folders of shards; their records' kinds tell the tasks.
         scenes: scene shards to build where missing, and to train on.
-        ratio: batches of each task in a cycle; a task without a record is an error.
+        ratio: batches of each task in a cycle; a task without a record is an error. By default every task that the
+            shards serve, in turn.
         batch_size: samples a batch and rank.
         image_size: pixels of the longer side.
         size_multiple: both sides are multiples of it: autoencoder factor x patch size, 32 as released.
@@ -84,7 +89,7 @@ class ShardDataModule(L.LightningDataModule):
             raise InputError("there is no data: set data.shards to folders of shards, or data.scenes")
         if batch_size < 1 or steps < 1:
             raise InputError(f"batch_size and steps must be at least 1, got {batch_size} and {steps}")
-        self.shards, self.scenes, self.ratio = shards or [], scenes, ratio or {"edit": 1, "text_to_image": 1}
+        self.shards, self.scenes, self.ratio = shards or [], scenes, ratio or {}
         self.batch_size, self.image_size, self.size_multiple = batch_size, image_size, size_multiple
         self.num_workers, self.seed, self.steps = num_workers, seed, steps
         self.val_fraction, self.val_batches, self.cache_root = val_fraction, val_batches, cache
@@ -122,6 +127,7 @@ class ShardDataModule(L.LightningDataModule):
         self.train_sets = group(records, train, self.image_size, self.size_multiple)
         self.val_sets = group(records, val or train, self.image_size, self.size_multiple)
         tasks = {task for task, _ in self.train_sets}
+        self.ratio = self.ratio or dict.fromkeys(sorted(tasks), 1)
         missing = [task for task, n in self.ratio.items() if n > 0 and task not in tasks]
         if missing:
             raise InputError(
