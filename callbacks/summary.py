@@ -70,7 +70,8 @@ class Summary(Callback):
             if name in summary:
                 print(f"{name} {summary[name]:.4g}")
         print(
-            f"look at {folder / SUMMARY}, {folder / 'samples'} and {folder / 'export'}; curves: tensorboard --logdir {folder}"
+            f"look at {folder / SUMMARY}, {folder / 'samples'} and {folder / 'export'}; "
+            f"curves: tensorboard --logdir {folder}"
         )
 
 

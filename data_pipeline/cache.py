@@ -67,9 +67,7 @@ def cache_folder(root: Path, encoder: Encoder, items: Iterable[Item]) -> Path:
     return root / digest.hexdigest()[:16]
 
 
-def build_cache(
-    root: Path, encoder: Encoder, pictures: dict[Item, tuple[IndexedRecord, str]], load: object
-) -> Path:
+def build_cache(root: Path, encoder: Encoder, pictures: dict[Item, tuple[IndexedRecord, str]], load: object) -> Path:
     """Encodes what `pictures` name (record and member), unless it was done before; returns the cache's folder."""
     folder = cache_folder(root, encoder, pictures)
     root.mkdir(parents=True, exist_ok=True)
@@ -84,9 +82,7 @@ def build_cache(
     return folder
 
 
-def _encode_all(
-    folder: Path, encoder: Encoder, pictures: dict[Item, tuple[IndexedRecord, str]], load: object
-) -> None:
+def _encode_all(folder: Path, encoder: Encoder, pictures: dict[Item, tuple[IndexedRecord, str]], load: object) -> None:
     assert callable(load)
     rows: list[tuple[Size, list[str]]] = []
     for size in sorted({size for _, size in pictures}):

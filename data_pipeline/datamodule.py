@@ -217,8 +217,8 @@ class ShardDataModule(L.LightningDataModule):
         self._load_records()
         if state["fingerprint"] != self.fingerprint():
             raise InputError(
-                "the checkpoint was trained on other data, or in another order (shards, seed, ratio, batch_size or sizes "
-                "differ); resume with the run's own config.yaml, or start a new run"
+                "the checkpoint was trained on other data, or in another order (shards, seed, ratio, batch_size or "
+                "sizes differ); resume with the run's own config.yaml, or start a new run"
             )
 
 

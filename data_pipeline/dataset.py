@@ -95,8 +95,8 @@ def load_pixels(record: IndexedRecord, name: str, size: tuple[int, int]) -> torc
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise InputError(
-            f"{record.shard}: {name} of record {record.key} does not decode ({error}); it did when the shard was built, "
-            f"so the file was damaged since: build it again"
+            f"{record.shard}: {name} of record {record.key} does not decode ({error}); it did when the shard was "
+            f"built, so the file was damaged since: build it again"
         ) from error
 
 

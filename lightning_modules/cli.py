@@ -94,7 +94,12 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*lru_cache.*", ".*tensorboardX.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*lru_cache.*",
+        ".*tensorboardX.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -121,10 +126,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
             args=None,
         )
-    except (InputError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        mistake = users_mistake(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
         return 2
     return 0
+
+
+def users_mistake(error: BaseException | None) -> BaseException | None:
+    """The mistake behind an error, which the argument parser wraps; None where the error is not a user's."""
+    while error is not None and not isinstance(error, (InputError, CheckpointError)):
+        error = error.__cause__
+    return error
 
 
 if __name__ == "__main__":

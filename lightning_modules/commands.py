@@ -67,7 +67,9 @@ def load_export(arguments: argparse.Namespace) -> KontextPipeline:
     name = Path(*parts[parts.index("configs") + 1 :]) if "configs" in parts else Path(parts[-1])
     folder = arguments.export or Path("runs") / name / "latest" / "export"
     if not folder.is_dir():
-        raise CheckpointError(f"there is no export {folder}; train one (fit -c {arguments.config}) or give --export FOLDER")
+        raise CheckpointError(
+            f"there is no export {folder}; train one (fit -c {arguments.config}) or give --export FOLDER"
+        )
     pipeline = KontextPipeline.from_pretrained(folder)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 

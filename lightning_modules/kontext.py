@@ -164,10 +164,7 @@ class KontextModule(L.LightningModule):
             ]
             return target, samples[0] if len(samples) == 1 else [list(s) for s in torch.stack(samples, dim=1)]
         return target, [
-            [
-                self.sample_posterior(image[None], f"reference {r}", batch.sample(i))[0]
-                for r, image in enumerate(images)
-            ]
+            [self.sample_posterior(image[None], f"reference {r}", batch.sample(i))[0] for r, image in enumerate(images)]
             for i, images in enumerate(references)
         ]
 
@@ -187,7 +184,7 @@ class KontextModule(L.LightningModule):
 
     @torch.no_grad()
     def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
-        """Text embeddings, with captions dropped to "" by chance; a prompt that was seen before is not encoded again."""
+        """Text embeddings, with captions dropped to "" by chance; a prompt that was seen before is looked up."""
         assert self._prompts is not None
         dropped = self.draw(torch.rand, (), "caption dropout", batch) < self.dropout.caption.get(batch.task, 0.0)
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]

@@ -60,7 +60,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def checkpoint_folder(pretrained: str, root: Path = Path("pocket"), recipe: Recipe = Recipe()) -> Path:  # noqa: B008
+def checkpoint_folder(pretrained: str, root: Path = Path("pocket"), recipe: Recipe = Recipe()) -> Path:
     """The folder of a checkpoint; for "pocket" it is built if it is missing, for anything else the path itself."""
     if pretrained != "pocket":
         return Path(pretrained)
@@ -175,7 +175,11 @@ def texture(draws: np.random.Generator, side: int) -> np.ndarray:
     for octave in (2, 4, 8, 16, 32):
         noise = draws.normal(0, 1, (octave, octave, 3)).astype(np.float32)
         layers = [Image.fromarray(noise[..., c]).resize((side, side), Image.Resampling.BICUBIC) for c in range(3)]
-        canvas += np.stack([np.asarray(layer) for layer in layers], -1) * draws.uniform(0, 1.5) / octave ** draws.uniform(0.5, 1.2)
+        canvas += (
+            np.stack([np.asarray(layer) for layer in layers], -1)
+            * draws.uniform(0, 1.5)
+            / octave ** draws.uniform(0.5, 1.2)
+        )
     picture = Image.fromarray(np.uint8(np.clip(128 + 90 * canvas + draws.uniform(-90, 90, 3), 0, 255)))
     pen = ImageDraw.Draw(picture)
     for _ in range(draws.integers(0, 8)):

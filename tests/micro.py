@@ -70,7 +70,9 @@ def micro_config(folder: Path, **changes: object) -> Path:
             entry["init_args"]["every_n_steps"] = 3
         if entry["class_path"] == "callbacks.SampleGrid":
             entry["init_args"] |= {"num_samples": 1, "num_inference_steps": 1}
-    config["trainer"]["callbacks"].append({"class_path": "micro.Ledger", "init_args": {"file": str(folder / "ledger.jsonl")}})
+    config["trainer"]["callbacks"].append(
+        {"class_path": "micro.Ledger", "init_args": {"file": str(folder / "ledger.jsonl")}}
+    )
     config["benchmark"] |= {"count": 2, "num_inference_steps": 1, "guidance_scales": [2.0]}
     for dotted, value in changes.items():
         *path, last = dotted.split("__")

@@ -91,7 +91,15 @@ def test_imports_go_down(path: Path) -> None:
 def test_low_layers_import_only_what_they_may(path: Path) -> None:
     name, imported = name_of(path), {m.split(".")[0] for m in imports_of(path)}
     if prefix(name, TORCH_ONLY):
-        assert imported <= {"__future__", "torch", "jaxtyping", "collections", "dataclasses", "lightning_modules", "math"}
+        assert imported <= {
+            "__future__",
+            "torch",
+            "jaxtyping",
+            "collections",
+            "dataclasses",
+            "lightning_modules",
+            "math",
+        }
     if prefix(name, STANDARD_ONLY):
         assert imported <= {"__future__", "collections", "dataclasses", "typing", "re"}
     if "lightning" in imported:

@@ -1,4 +1,4 @@
-"""The command line on micro models: a run and what it leaves, exact resumption after SIGKILL, mistakes in every slot."""
+"""The command line on micro models: what a run leaves, exact resumption after SIGKILL, mistakes in every slot."""
 
 from __future__ import annotations
 
@@ -149,17 +149,29 @@ MISTAKES = {
     "no config": (["fit", "-c", "nowhere.yaml"], "there is no config nowhere.yaml"),
     "unknown field": (["fit", "-c", "{config}", "--data.init_args.bogus", "1"], "bogus"),
     "unknown model field": (["fit", "-c", "{unknown}"], "learning_rate"),
-    "missing shards": (["fit", "-c", "{config}", "--data.init_args.shards", "[nowhere]"], "no folder of shards at nowhere"),
+    "missing shards": (
+        ["fit", "-c", "{config}", "--data.init_args.shards", "[nowhere]"],
+        "no folder of shards at nowhere",
+    ),
     "empty shards": (["fit", "-c", "{config}", "--data.init_args.shards", "[{empty}]"], "holds no shards"),
-    "missing checkpoint": (["fit", "-c", "{config}", "--model.init_args.pretrained", "nowhere"], "no checkpoint folder nowhere"),
-    "bad resolution": (["fit", "-c", "{config}", "--data.init_args.image_size", "70"], "not divisible by size_multiple 16"),
+    "missing checkpoint": (
+        ["fit", "-c", "{config}", "--model.init_args.pretrained", "nowhere"],
+        "no checkpoint folder nowhere",
+    ),
+    "bad resolution": (
+        ["fit", "-c", "{config}", "--data.init_args.image_size", "70"],
+        "not divisible by size_multiple 16",
+    ),
     "indivisible by the model": (
         ["fit", "-c", "{config}", "--data.init_args.size_multiple", "8", "--data.init_args.image_size", "40"],
-        "multiples of its patch size",
+        "must be multiples of 16",
     ),
     "nothing to resume": (["fit", "-c", "{config}", "--resume", "--trainer.max_steps", "1"], "no unfinished version"),
     "no export": (["test", "-c", "{config}", "--export", "nowhere"], "no export nowhere"),
-    "nothing to predict": (["predict", "-c", "{config}", "--input", "nowhere", "--output", "o"], "nowhere does not exist"),
+    "nothing to predict": (
+        ["predict", "-c", "{config}", "--input", "nowhere", "--output", "o"],
+        "nowhere does not exist",
+    ),
     "no instruction": (["predict", "-c", "{config}", "--input", "{pictures}", "--output", "o"], "--instruction TEXT"),
 }
 

@@ -73,7 +73,7 @@ def satisfied(caption: Caption, scene: Scene | None) -> bool:
 
 
 def noun(clause: Clause, article: bool = True) -> str:
-    """ "a small red circle", "three squares". """
+    """ "a small red circle", "three squares"."""
     words = [w for w in (clause.size, clause.colour) if w]
     if clause.count > 1:
         plural = "crosses" if clause.shape == "cross" else clause.shape + "s"
@@ -82,7 +82,7 @@ def noun(clause: Clause, article: bool = True) -> str:
 
 
 def join(parts: list[str]) -> str:
-    """ "a", "a and b", "a, b and c". """
+    """ "a", "a and b", "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

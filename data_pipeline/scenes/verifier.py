@@ -24,7 +24,7 @@ class Reading:
     """What a picture shows: per cell an Object, None for empty or UNREADABLE, and the background (None if unclear)."""
 
     level: int
-    cells: tuple[Object | None | str, ...]
+    cells: tuple[Object | str | None, ...]
     background: str | None
 
     @property
@@ -73,7 +73,7 @@ def read(image: np.ndarray, level: int) -> Reading:
     flat = looks.reshape(len(looks), -1)
     norms = (flat**2).sum(1)
     smoothed = smooth(image)
-    cells: list[Object | None | str] = []
+    cells: list[Object | str | None] = []
     for cell in range(world.grid**2):
         row, column = divmod(cell, world.grid)
         patch = smoothed[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]

@@ -90,7 +90,7 @@ class Scene:
 
     @property
     def split(self) -> str:
-        """"val" for one scene of sixteen by sha256 of its canonical text; scenes of one object are always "train"."""
+        """ "val" for one scene of sixteen by sha256 of its canonical text; scenes of one object are always "train"."""
         if len(self.objects) < 2:
             return "train"
         return "val" if hashlib.sha256(self.canonical.encode()).digest()[-1] % 16 == 0 else "train"

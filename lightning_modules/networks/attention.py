@@ -23,9 +23,7 @@ class KontextAttnProcessor:
         encoder_hidden_states: Float[Tensor, "b t d"] | None = None,
         attention_mask: Bool[Tensor, "b n"] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        query, key, value = heads(
-            attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-        )
+        query, key, value = heads(attn, hidden_states, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
         if encoder_hidden_states is not None:
             text = heads(
                 attn,

@@ -85,14 +85,19 @@ class KontextTransformer(SD3Transformer2DModel):
         if isinstance(references, Tensor):
             return self.embed(references), None
         if len(references) != len(target):
-            raise CheckpointError(f"expected a list of references for each of {len(target)} samples, got {len(references)}")
+            raise CheckpointError(
+                f"expected a list of references for each of {len(target)} samples, got {len(references)}"
+            )
         shapes = [[tuple(image.shape) for image in images] for images in references]
         if all(own == shapes[0] for own in shapes):
             if not shapes[0]:
                 return None, None
             stacked = [torch.stack([images[r] for images in references]) for r in range(len(shapes[0]))]
             return torch.cat([self.embed(images) for images in stacked], dim=1), None
-        rows = [torch.cat([self.embed(image[None])[0] for image in images]) if images else target[0, :0] for images in references]
+        rows = [
+            torch.cat([self.embed(image[None])[0] for image in images]) if images else target[0, :0]
+            for images in references
+        ]
         longest = max(len(row) for row in rows)
         padded = target.new_zeros(len(rows), longest, target.shape[-1])
         mask = torch.ones(len(rows), longest + target.shape[1], dtype=torch.bool, device=target.device)
@@ -119,4 +124,6 @@ class KontextTransformer(SD3Transformer2DModel):
         """Writes the config under the stock class's name, so that stock diffusers loads the folder too."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         path = Path(save_directory, self.config_name)
-        path.write_text(path.read_text().replace(f'"_class_name": "{type(self).__name__}"', f'"_class_name": "{STOCK_CLASS}"'))
+        path.write_text(
+            path.read_text().replace(f'"_class_name": "{type(self).__name__}"', f'"_class_name": "{STOCK_CLASS}"')
+        )

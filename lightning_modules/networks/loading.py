@@ -34,7 +34,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def require_parts(folder: Path, parts: Collection[str]) -> None:
     """Checks that a folder exists and has model_index.json and the named parts."""
     if not folder.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {folder}; give a folder in the diffusers layout, or pocket")
+        raise CheckpointError(
+            f"there is no checkpoint folder {folder}; give a folder in the diffusers layout, or pocket"
+        )
     read_json(folder / "model_index.json")
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
@@ -53,7 +55,9 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         named = set(read_json(index).get("weight_map", {}).values())
         absent = sorted(named - {f.name for f in files})
         if absent:
-            raise CheckpointError(f"{folder} is incomplete: {index.name} names {', '.join(absent)}; download them again")
+            raise CheckpointError(
+                f"{folder} is incomplete: {index.name} names {', '.join(absent)}; download them again"
+            )
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         shapes |= {name: tuple(entry["shape"]) for name, entry in read_header(file).items()}

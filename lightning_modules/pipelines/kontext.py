@@ -84,7 +84,11 @@ class KontextPipeline(StableDiffusion3Pipeline):
         """Sequence and pooled embeddings; equal prompts are encoded once. As released: CLIP tokens, then T5's."""
         unique = list(dict.fromkeys(prompts))
         sequence, _, pooled, _ = self.encode_prompt(
-            unique, None, None, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length or self.t5_tokens
+            unique,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length or self.t5_tokens,
         )
         rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=sequence.device)
         return sequence[rows], pooled[rows]
@@ -119,7 +123,8 @@ class KontextPipeline(StableDiffusion3Pipeline):
             num_inference_steps: Euler steps.
             guidance_scale: s of classifier-free guidance; 1 runs the positive branch alone.
             negative_prompt: default "" for text-to-image and the released text for edits.
-            prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds: instead of texts.
+            prompt_embeds, pooled_prompt_embeds: instead of prompts.
+            negative_prompt_embeds, negative_pooled_prompt_embeds: instead of negative prompts.
             generator: of the noise and of the references' posterior samples.
             latents: initial noise (B, C, h, w).
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent".
@@ -143,9 +148,7 @@ class KontextPipeline(StableDiffusion3Pipeline):
             shape = (count, self.transformer.config.in_channels, *self._latent_size(height, width))
             latents = torch.randn(shape, generator=generator).to(device)
         velocity = self._velocity(positive, negative, encoded, guidance_scale)
-        sigmas = schedule(
-            num_inference_steps, self.scheduler.config.shift, self.scheduler.config.num_train_timesteps
-        )
+        sigmas = schedule(num_inference_steps, self.scheduler.config.shift, self.scheduler.config.num_train_timesteps)
         x = euler(velocity, latents, sigmas)
         pictures = x if output_type == "latent" else to_output(decode_latents(self.vae, x), output_type)
         return StableDiffusion3PipelineOutput(images=pictures) if return_dict else (pictures,)

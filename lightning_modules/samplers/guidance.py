@@ -6,8 +6,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def guide(
-    negative: Float[Tensor, "b ..."], positive: Float[Tensor, "b ..."], scale: float
-) -> Float[Tensor, "b ..."]:
+def guide(negative: Float[Tensor, "b ..."], positive: Float[Tensor, "b ..."], scale: float) -> Float[Tensor, "b ..."]:
     """v = v_neg + s (v_pos - v_neg); s = 1 is the positive branch."""
     return negative + scale * (positive - negative)

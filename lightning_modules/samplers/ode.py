@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +21,7 @@ def euler_step(
 def euler(velocity: Velocity, x: Float[Tensor, "b ..."], sigmas: Float[Tensor, " n"]) -> Float[Tensor, "b ..."]:
     """Walks `sigmas` (from 1 to 0) with one velocity(x, sigma (B,)) a step; x stays in fp32."""
     x = x.float()
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         v = velocity(x, sigma.expand(len(x)).to(x.device)).float()
         x = euler_step(x, v, sigma.item(), following.item())
     return x

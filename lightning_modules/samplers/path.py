@@ -32,15 +32,11 @@ def velocity(x0: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."]) -> Float
     return noise - x0
 
 
-def denoise(
-    x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"]
-) -> Float[Tensor, "b ..."]:
+def denoise(x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b ..."]:
     """x0 = x_sigma - sigma v."""
     return x - per_sample(sigma, x) * v
 
 
-def renoise(
-    x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"]
-) -> Float[Tensor, "b ..."]:
+def renoise(x: Float[Tensor, "b ..."], v: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b ..."]:
     """eps = x_sigma + (1 - sigma) v."""
     return x + (1 - per_sample(sigma, x)) * v

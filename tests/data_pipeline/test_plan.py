@@ -11,7 +11,11 @@ import pytest
 from data_pipeline.plan import Plan, interleave
 
 SQUARE, WIDE = ((64, 64), (64, 64)), ((32, 64), (32, 64))
-SETS = {("edit", SQUARE): list(range(50)), ("edit", WIDE): list(range(50, 67)), ("text_to_image", SQUARE[:1]): list(range(67, 90))}
+SETS = {
+    ("edit", SQUARE): list(range(50)),
+    ("edit", WIDE): list(range(50, 67)),
+    ("text_to_image", SQUARE[:1]): list(range(67, 90)),
+}
 RATIO = {"edit": 2, "text_to_image": 1}
 
 

@@ -41,7 +41,7 @@ def test_the_released_size_rule(size: tuple[int, int], expected: tuple[int, int]
 
 
 def test_a_resolution_that_does_not_divide_is_refused_with_the_nearest_that_does() -> None:
-    with pytest.raises(InputError, match="image_size 70 is not divisible by size_multiple 16.*use 64"):
+    with pytest.raises(InputError, match=r"image_size 70 is not divisible by size_multiple 16.*use 64"):
         check_size(70, 16)
 
 
@@ -95,7 +95,7 @@ def test_batches_have_the_stated_shapes_and_ranges(shards: str) -> None:
     edit, caption = batches[0], batches[1]
     assert edit.target.shape == (4, 3, 64, 64) and edit.references.shape == (4, 1, 3, 64, 64)
     assert caption.references is None and len(caption) == len(caption.prompts) == 4
-    assert edit.target.dtype == torch.float32 and -1 <= edit.target.min() and edit.target.max() <= 1
+    assert edit.target.dtype == torch.float32 and edit.target.min() >= -1 and edit.target.max() <= 1
     assert {r.split for r in data.records if r.key in edit.keys} == {"train"}
 
 
@@ -106,7 +106,9 @@ def test_validation_and_sample_batches_are_held_out(shards: str) -> None:
     batches = [*data.val_dataloader(), *data.sample_batches(2)]
     assert {b.task for b in batches} == {"edit", "text_to_image"}
     assert {splits[key] for batch in batches for key in batch.keys} == {"val"}
-    assert all(torch.equal(a.target, b.target) for a, b in zip(data.sample_batches(2), data.sample_batches(2), strict=True))
+    assert all(
+        torch.equal(a.target, b.target) for a, b in zip(data.sample_batches(2), data.sample_batches(2), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,9 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def train(shards: str, folder: Path, steps: int, checkpoint: str | None = None, **options) -> tuple[Recorder, L.Trainer]:
+def train(
+    shards: str, folder: Path, steps: int, checkpoint: str | None = None, **options
+) -> tuple[Recorder, L.Trainer]:
     accumulation = options.pop("accumulation", 1)
     recorder = Recorder()
     data = module(shards, steps=6 * accumulation, **options)
@@ -176,7 +180,9 @@ def train(shards: str, folder: Path, steps: int, checkpoint: str | None = None, 
 
 
 @pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 1), (0, 2)])
-def test_resuming_continues_the_sequence_of_samples(shards: str, tmp_path: Path, workers: int, accumulation: int) -> None:
+def test_resuming_continues_the_sequence_of_samples(
+    shards: str, tmp_path: Path, workers: int, accumulation: int
+) -> None:
     whole, _ = train(shards, tmp_path, 6, accumulation=accumulation)
     part, trainer = train(shards, tmp_path, 2, accumulation=accumulation, num_workers=workers)
     trainer.save_checkpoint(tmp_path / "two.ckpt")

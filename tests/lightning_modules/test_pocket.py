@@ -1,4 +1,4 @@
-"""The pocket folder: whole parts only, its own random state, and at full size an autoencoder that keeps scenes exact."""
+"""The pocket folder: whole parts only, its own random state, an autoencoder that keeps scenes exact."""
 
 from __future__ import annotations
 

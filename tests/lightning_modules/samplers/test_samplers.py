@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_euler_converges_with_order_one_on_a_gaussian() -> None:
     start = torch.ones(1, 1)
     sizes = [40, 80, 160]
     errors = [abs(euler(velocity, start, torch.linspace(1, 0, n + 1)).item() - d) for n in sizes]
-    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [math.log2(a / b) for a, b in pairwise(errors)]
     assert orders == pytest.approx([1.0, 1.0], abs=0.1)
 
 
