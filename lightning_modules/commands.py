@@ -108,8 +108,9 @@ def predict(arguments: argparse.Namespace) -> int:
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance,
             generator=generator(arguments.seed, "predict", 0, i),
+            return_dict=False,
             **side,
-        ).images[0]
+        )[0][0]
         picture.save(arguments.output / f"{request.name}.png")
     print(f"{len(requests) - failed} pictures in {arguments.output}" + (f", {failed} skipped" if failed else ""))
     return 2 if failed == len(requests) else 0

@@ -119,8 +119,8 @@ def small_vae(recipe: Recipe) -> AutoencoderKL:
     for name, module in vae.named_modules():
         if isinstance(module, torch.nn.Conv2d) and not name.startswith("quant"):
             if name.endswith("conv2"):  # residual branches start at zero
-                torch.nn.init.zeros_(module.weight)
-                torch.nn.init.zeros_(module.bias)
+                for parameter in module.parameters():
+                    torch.nn.init.zeros_(parameter)
             else:
                 torch.nn.init.orthogonal_(module.weight, 1.2)
     with torch.no_grad():

@@ -42,9 +42,8 @@ class Level:
     @property
     def cell_names(self) -> tuple[str, ...]:
         """Names of the cells in reading order, "top left" first."""
-        rows, columns = (("top", "bottom"), ("left", "right"))
-        if self.grid == 3:
-            rows, columns = (("top", "middle", "bottom"), ("left", "centre", "right"))
+        middle, centre = (("middle",), ("centre",)) if self.grid == 3 else ((), ())
+        rows, columns = ("top", *middle, "bottom"), ("left", *centre, "right")
         return tuple(f"{row} {column}" for row in rows for column in columns)
 
 
@@ -120,8 +119,8 @@ def parse(canonical: str) -> Scene:
     'blue'
     """
     level, background, *objects = canonical.split("|")
-    parts = [(int(cell), *what.split("-")) for cell, what in (o.split(":") for o in objects)]
-    return Scene(int(level), tuple(Object(cell, *rest) for cell, *rest in parts), background)
+    parts = [o.split(":") for o in objects]
+    return Scene(int(level), tuple(Object(int(cell), *what.split("-")) for cell, what in parts), background)
 
 
 def random_object(rng: random.Random, level: int, cell: int) -> Object:

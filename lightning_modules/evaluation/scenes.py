@@ -108,5 +108,6 @@ def generate(
         guidance_scale=guidance_scale,
         generator=generator,
         output_type="np",
-    ).images
+        return_dict=False,
+    )[0]
     return np.rint(pictures * 255)

@@ -25,7 +25,7 @@ References = Float[Tensor, "b c h w"] | Sequence[Sequence[Float[Tensor, "c h w"]
 class KontextTransformer(SD3Transformer2DModel):
     """Image tokens are [references, target]; all get the same positional table and the target's timestep."""
 
-    @wraps(SD3Transformer2DModel.__init__)  # diffusers reads the config's fields off this signature
+    @wraps(SD3Transformer2DModel.__init__)  # type: ignore[misc]  # diffusers reads the config's fields off this signature
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_attn_processor(KontextAttnProcessor())

@@ -189,8 +189,8 @@ class KontextPipeline(StableDiffusion3Pipeline):
     ) -> Any:
         """Sampled posterior latents, as released: (B, C, h, w) for one each, else lists."""
         if all(len(images) == 1 for images in references):
-            pixels = torch.stack([to_tensor(images[0].convert("RGB"), size) for images in references])
-            return self._sample(pixels, generator)
+            first = torch.stack([to_tensor(images[0].convert("RGB"), size) for images in references])
+            return self._sample(first, generator)
         rows = []
         for images in references:
             sizes = [size] if len(images) == 1 else [self._own_size(image) for image in images]
@@ -228,7 +228,10 @@ class KontextPipeline(StableDiffusion3Pipeline):
                 timestep=1000 * torch.cat([sigma] * copies),
                 return_dict=False,
             )[0].float()
-            return v if negative is None else guide(*v.chunk(2), scale)
+            if negative is None:
+                return v
+            v_negative, v_positive = v.chunk(2)
+            return guide(v_negative, v_positive, scale)
 
         return velocity
 
