@@ -75,7 +75,7 @@ class ShardDataModule(L.LightningDataModule):
         ratio: dict[str, int] | None = None,
         batch_size: int = 32,
         image_size: int = 64,
-        size_multiple: int = 16,
+        size_multiple: int = 32,
         num_workers: int = 0,
         seed: int = 0,
         steps: int = 1000,

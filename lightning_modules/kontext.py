@@ -59,6 +59,7 @@ class KontextModule(L.LightningModule):
         timesteps: the distribution of sigma.
         dropout: probabilities of dropping conditions.
         task_weights: loss weight of each task's samples.
+        max_sequence_length: T5 tokens of a prompt, kept by the exported tokenizer; None takes the folder's length.
         compile: compile the transformer's blocks (falls back to eager, and says so, without a C++ compiler).
     """
 
@@ -71,12 +72,13 @@ class KontextModule(L.LightningModule):
         timesteps: Timesteps = Timesteps(),  # noqa: B008
         dropout: Dropout = Dropout(),  # noqa: B008
         task_weights: dict[str, float] | None = None,
+        max_sequence_length: int | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
         self.pretrained, self.steps, self.seed = pretrained, steps, seed
         self.optimizer_settings, self.timesteps, self.dropout = optimizer, timesteps, dropout
-        self.task_weights = task_weights or {}
+        self.task_weights, self.max_sequence_length = task_weights or {}, max_sequence_length
         self.compile_blocks = compile
         self.transformer: Any = None
         self._pipeline: KontextPipeline | None = None
@@ -91,6 +93,8 @@ class KontextModule(L.LightningModule):
         if self.transformer is not None:
             return
         self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
+        if self.max_sequence_length is not None:
+            self._pipeline.limit_t5(self.max_sequence_length)
         self._prompts = PromptCache(self._pipeline)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()

@@ -39,20 +39,20 @@ class Recipe:
 
     seed: int = 0
     vae_channels: tuple[int, ...] = (16, 32, 32)  # a factor of 4
-    latent_channels: int = 4
-    vae_steps: int = 900
+    latent_channels: int = 2
+    vae_steps: int = 1200
     vae_batch: int = 8
     vae_lr: float = 3e-3
     clip_width: int = 32
-    clip_tokens: int = 8
+    clip_tokens: int = 4
     t5_tokens: int = 20
     text_width: int = 128
     layers: int = 4
     heads: int = 4
-    head_dim: int = 32
-    patch_size: int = 4
-    sample_size: int = 16
-    max_positions: int = 8
+    head_dim: int = 36
+    patch_size: int = 8  # one token a cell of a scene: evidence in noise need not be gathered across tokens
+    sample_size: int = 32
+    max_positions: int = 4
 
     @property
     def name(self) -> str:
@@ -154,7 +154,7 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, recipe: Recipe) -> None:
             optimizer.step()
 
 
-def training_pictures(recipe: Recipe, scenes: int = 3000, textures: int = 1500) -> Tensor:
+def training_pictures(recipe: Recipe, scenes: int = 3500, textures: int = 1000) -> Tensor:
     """Training scenes, cropped to the smallest level's size, and textures: (N, 3, 64, 64) in [-1, 1]."""
     rng, draws, side = random.Random(recipe.seed), np.random.default_rng(recipe.seed), LEVELS[1].resolution
     pictures: list[np.ndarray] = []

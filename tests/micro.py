@@ -29,6 +29,7 @@ RECIPE = pocket.Recipe(
     layers=2,
     heads=2,
     head_dim=8,
+    patch_size=4,
     max_positions=8,
 )
 
@@ -55,9 +56,10 @@ def micro_config(folder: Path, **changes: object) -> Path:
     """configs/edit.yaml shrunk to a micro folder, micro shards and a dozen steps, at `folder`/configs/micro.yaml."""
     config = yaml.safe_load((Path(__file__).parents[1] / "configs" / "edit.yaml").read_text())
     config["model"]["init_args"] |= {"pretrained": str(micro_folder(folder / "pretrained")), "compile": False}
+    config["model"]["init_args"]["max_sequence_length"] = 8
     data = config["data"]["init_args"]
     data |= {"scenes": None, "shards": [str(micro_shards(folder / "shards"))], "batch_size": 2, "val_batches": 2}
-    data |= {"cache": None}
+    data |= {"cache": None, "size_multiple": 16}
     config["trainer"] |= {
         "max_steps": 12,
         "precision": "32-true",

@@ -10,6 +10,8 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+SEPARATORS = {",", "Ġand"}  # phrases of their own: what stands on either side can be anything
+OPENERS = {"Ġin", "Ġat", "Ġon", "Ġto"}  # a phrase may begin with them and goes on no further back
 
 
 def clip_tokenizer(corpus: Iterable[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -35,7 +37,7 @@ def clip_tokenizer(corpus: Iterable[str], vocab_size: int, max_length: int) -> C
 
 
 def phrase_tokenizer(
-    corpus: Sequence[str], words: int, phrases: int, max_length: int, max_words: int = 4
+    corpus: Sequence[str], words: int, phrases: int, max_length: int, max_words: int = 6
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE in two stages, within words and then across them, so that a frequent phrase becomes one token.
 
@@ -50,7 +52,7 @@ def phrase_tokenizer(
         max_words: words in the longest phrase.
     """
     first = bpe(corpus, words, pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True))
-    pieces = [[token for token in first.encode(text).tokens] for text in corpus]
+    pieces = [segment for text in corpus for segment in segments(first.encode(text).tokens)]
     # The second stage learns from texts whose characters stand for the first stage's tokens.
     symbols = {token: chr(0xE000 + i) for i, token in enumerate(sorted({token for text in pieces for token in text}))}
     tokens = {symbol: token for token, symbol in symbols.items()}
@@ -73,6 +75,16 @@ def phrase_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", model_max_length=max_length
     )
+
+
+def segments(tokens: Sequence[str]) -> list[list[str]]:
+    """Runs of tokens within which phrases are learned, so that equal phrases are equal tokens wherever they stand."""
+    runs: list[list[str]] = []
+    for token in tokens:
+        if not runs or token in SEPARATORS | OPENERS or runs[-1][-1] in SEPARATORS:
+            runs.append([])
+        runs[-1].append(token)
+    return runs
 
 
 def bpe(corpus: Sequence[str], vocab_size: int, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Tokenizer:

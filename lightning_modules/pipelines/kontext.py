@@ -73,6 +73,12 @@ class KontextPipeline(StableDiffusion3Pipeline):
         """Length of the T5 sequence: the folder's tokenizer_3 tells, at most the released default of 256."""
         return 256 if self.tokenizer_3 is None else min(256, self.tokenizer_3.model_max_length)
 
+    def limit_t5(self, tokens: int) -> None:
+        """Shortens the T5 sequence; what is saved from here on keeps the length."""
+        if self.tokenizer_3 is None or not 1 <= tokens <= self.t5_tokens:
+            raise CheckpointError(f"max_sequence_length is {tokens}; this folder's T5 takes 1 to {self.t5_tokens} tokens")
+        self.tokenizer_3.model_max_length = tokens
+
     @property
     def text_tokens(self) -> int:
         """Length of the whole text sequence."""
