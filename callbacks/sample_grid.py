@@ -40,6 +40,7 @@ class SampleGrid(Callback):
         num_samples: int = 8,
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
+        negative_prompt: str | None = None,
         seed: int = 0,
     ) -> None:
         if every_n_steps < 1 or num_samples < 1:
@@ -50,6 +51,7 @@ class SampleGrid(Callback):
         self.num_samples = num_samples
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
+        self.negative_prompt = negative_prompt
         self.seed = seed
         self._drawn_step: int | None = None
         self._batches: list[ImageBatch] = []
@@ -111,6 +113,7 @@ class SampleGrid(Callback):
             width=batch.target.shape[-1],
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             generator=generator(self.seed, f"sample_grid {batch.task}", 0, 0),
             output_type="pil",
         ).images

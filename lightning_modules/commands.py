@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -45,8 +46,9 @@ def run(argv: Sequence[str]) -> int:
     command.add_argument("--input", type=Path, required=True, help="folder of pictures, or JSONL of prompts")
     command.add_argument("--instruction", help="the edit of every picture of a folder")
     command.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    command.add_argument("--steps", type=int, default=28, help="Euler steps")
-    command.add_argument("--guidance", type=float, default=3.5, help="classifier-free guidance, 1 for none")
+    command.add_argument("--steps", type=int, help="Euler steps; default the benchmark's, else 28")
+    command.add_argument("--guidance", type=float, help="classifier-free guidance; default the benchmark's, else 3.5")
+    command.add_argument("--negative", help="negative prompt; default the benchmark's, else the released one")
     command.add_argument("--size", type=int, help="pixels of the longer side; default the config's image_size")
     command.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
@@ -91,7 +93,9 @@ def predict(arguments: argparse.Namespace) -> int:
     """Writes a picture for each request; a picture that cannot be read is named and counted, not fatal."""
     requests = list(read_requests(arguments.input, arguments.instruction))
     pipeline = load_export(arguments)
-    size = arguments.size or read_config(arguments.config)["data"]["init_args"]["image_size"]
+    config = read_config(arguments.config)
+    size = arguments.size or config["data"]["init_args"]["image_size"]
+    sampling = sampling_settings(arguments, config.get("benchmark") or {})
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = 0
     for i, request in enumerate(requests):
@@ -105,15 +109,29 @@ def predict(arguments: argparse.Namespace) -> int:
         picture = pipeline(
             request.prompt,
             image=source,
-            num_inference_steps=arguments.steps,
-            guidance_scale=arguments.guidance,
             generator=generator(arguments.seed, "predict", 0, i),
             return_dict=False,
+            **sampling,
             **side,
         )[0][0]
         picture.save(arguments.output / f"{request.name}.png")
     print(f"{len(requests) - failed} pictures in {arguments.output}" + (f", {failed} skipped" if failed else ""))
     return 2 if failed == len(requests) else 0
+
+
+def sampling_settings(arguments: argparse.Namespace, benchmark: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says, else how the config's benchmark samples, else the released settings."""
+    given = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+        "negative_prompt": arguments.negative,
+    }
+    usual = {
+        "num_inference_steps": benchmark.get("num_inference_steps", 28),
+        "guidance_scale": [*benchmark.get("guidance_scales", []), 3.5][0],
+        "negative_prompt": benchmark.get("negative_prompt"),
+    }
+    return {name: usual[name] if value is None else value for name, value in given.items()}
 
 
 def fitted(path: Path, size: int, multiple: int) -> Image.Image:

@@ -66,8 +66,7 @@ def bare(made: KontextModule, batches: list[ImageBatch], steps: int) -> list[flo
     times = []
     made.log = lambda *_, **__: None  # type: ignore[method-assign]
     for i in range(steps):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = made.training_step(batches[i % len(batches)], i)
+        loss = made.training_step(batches[i % len(batches)], i)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -84,7 +83,6 @@ def fit(made: KontextModule, batches: list[ImageBatch], steps: int) -> list[floa
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
-        precision="bf16-mixed",
         gradient_clip_val=1.0,
         log_every_n_steps=20,
         callbacks=[*own, callbacks.Progress(), clock],
