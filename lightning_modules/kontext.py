@@ -216,8 +216,8 @@ class KontextModule(L.LightningModule):
         # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
         if not gradient_clip_val:
             return
-        parameters = [p for _, p in self.trainable_parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        parameters = [p for _, p in self.trainable_parameters()]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         # Asking whether it is needed would make a GPU wait; on a CPU it saves a pass over all gradients.
         if norm.is_cuda or norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)

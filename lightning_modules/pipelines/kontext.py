@@ -76,7 +76,9 @@ class KontextPipeline(StableDiffusion3Pipeline):
     def limit_t5(self, tokens: int) -> None:
         """Shortens the T5 sequence; what is saved from here on keeps the length."""
         if self.tokenizer_3 is None or not 1 <= tokens <= self.t5_tokens:
-            raise CheckpointError(f"max_sequence_length is {tokens}; this folder's T5 takes 1 to {self.t5_tokens} tokens")
+            raise CheckpointError(
+                f"max_sequence_length is {tokens}; this folder's T5 takes 1 to {self.t5_tokens} tokens"
+            )
         self.tokenizer_3.model_max_length = tokens
 
     @property

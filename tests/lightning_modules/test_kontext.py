@@ -13,6 +13,7 @@ from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
 from lightning_modules.kontext import Dropout, KontextModule, Timesteps
 from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.samplers import path
 
 
@@ -157,3 +158,31 @@ def test_a_wrong_folder_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "folder" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="vae holds no"):
         module.configure_model()
+
+
+def test_a_shorter_text_sequence_is_kept_by_the_export(folder: str, tmp_path: Path) -> None:
+    module = KontextModule(folder, max_sequence_length=4)
+    module.configure_model()
+    pipeline = module.pipeline()
+    assert module.embed(batch())[0].shape[1] == pipeline.text_tokens == pipeline.tokenizer_max_length + 4
+    pipeline.save_pretrained(tmp_path)
+    assert KontextPipeline.from_pretrained(tmp_path).t5_tokens == 4
+
+
+@pytest.mark.parametrize("length", [0, 11])
+def test_a_text_sequence_longer_than_the_folder_takes_is_refused(folder: str, length: int) -> None:
+    with pytest.raises(CheckpointError, match=f"max_sequence_length is {length}; this folder's T5 takes 1 to 10"):
+        KontextModule(folder, max_sequence_length=length).configure_model()
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_clipping_equals_the_librarys(module: KontextModule, limit: float) -> None:
+    module.flow_matching_loss(batch()).backward()
+    parameters = [p for _, p in module.trainable_parameters()]
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    module.configure_gradient_clipping(torch.optim.SGD(parameters), limit)
+    found = [p.grad for p in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(parameters, limit)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(found, (p.grad for p in parameters), strict=True))

@@ -48,3 +48,13 @@ def test_folders_keep_them(phrases: PreTrainedTokenizerFast, tmp_path: Path) -> 
     ):
         assert saved.model_max_length == loaded.model_max_length
         assert [saved(t).input_ids for t in TEXTS] == [loaded(t).input_ids for t in TEXTS]
+
+
+def test_a_phrase_is_the_same_token_before_and_after_a_separator() -> None:
+    pairs = [f"{first}, {second} and {first}" for first in CORPUS[:8] for second in CORPUS[:8]] * 10
+    tokenizer = phrase_tokenizer(pairs, 300, 60, 64, max_words=6)
+    texts = ["a red circle at the top", "a blue square at the left", "a red circle at the top"]
+    tokens = tokenizer.tokenize(f"{texts[0]}, {texts[1]} and {texts[2]}")
+    first, second = tokens.index(","), tokens.index("Ġand")
+    assert tokens[:first] == tokens[second + 1 :] == tokenizer.tokenize(texts[0])
+    assert tokens[first + 1 : second] == tokenizer.tokenize(texts[1])
