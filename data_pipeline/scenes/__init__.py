@@ -26,8 +26,8 @@ def encode_png(scene: Scene) -> EncodedImage:
 
 def random_caption(rng: random.Random, level: int, split: str) -> tuple[Scene, Caption]:
     """A scene of `split` and its caption; the task is drawn by weight (the single-object tasks only in "train")."""
-    tasks = [t for t in TASK_WEIGHTS if split == "train" or t not in ("single_object", "colors")]
-    task = rng.choices(tasks, [TASK_WEIGHTS[t] for t in tasks])[0]
+    weights = TASK_WEIGHTS[split]
+    task = rng.choices(list(weights), list(weights.values()))[0]
     while True:
         scene = draw_scene(rng, level, task)
         if scene.split == split:

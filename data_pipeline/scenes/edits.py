@@ -10,6 +10,8 @@ from data_pipeline.scenes.verifier import Reading
 from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, Object, Scene, random_object, random_scene
 
 KINDS = ("add", "remove", "replace", "recolour", "move", "keep", "background")
+# How often training draws the kinds that are learned last; held-out edits are drawn uniformly.
+TRAINING_WEIGHTS = {"replace": 2.0, "recolour": 2.0, "move": 2.0, "keep": 0.5}
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ def draw_edit(rng: random.Random, source: Scene, kind: str) -> Edit | None:
 
 
 def random_edit(rng: random.Random, level: int, split: str) -> Edit:
-    """An edit of a kind drawn uniformly whose source and target both lie in `split`."""
-    kind = rng.choice(kinds(level))
+    """An edit whose source and target both lie in `split`; its kind is drawn uniformly, for training by weight."""
+    weights = [TRAINING_WEIGHTS.get(kind, 1.0) if split == "train" else 1.0 for kind in kinds(level)]
+    kind = rng.choices(kinds(level), weights)[0]
     while True:
         source = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
         if source.split != split:
