@@ -31,11 +31,13 @@ from lightning_modules.schedule import AdamW, adamw
 class Timesteps:
     """How sigma is drawn. "logit_normal": Esser et al. 2024 (arXiv 2403.03206), section 3.1; "uniform": u itself.
 
-    `shift` moves either towards noise as SD3's scheduler does (1 leaves it; equation 23 of the same paper).
+    `mean` is one for all tasks or by task: an edit's reference gives away all but what the instruction changes, so only
+    high noise teaches to follow it. `shift` moves sigma towards noise as SD3's scheduler does (1 leaves it; equation 23
+    of the same paper).
     """
 
     distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 0.0
+    mean: float | dict[str, float] = 0.0
     std: float = 1.0
     shift: float = 1.0
 
@@ -152,7 +154,9 @@ class KontextModule(L.LightningModule):
         """Noise levels in (0, 1), fp32."""
         u = self.draw(torch.rand, (), "sigma", batch)
         if self.timesteps.distribution == "logit_normal":
-            u = timesteps.logit_normal(u, self.timesteps.mean, self.timesteps.std)
+            mean = self.timesteps.mean
+            mean = mean.get(batch.task, 0.0) if isinstance(mean, dict) else mean
+            u = timesteps.logit_normal(u, mean, self.timesteps.std)
         return timesteps.shift(u, self.timesteps.shift)
 
     @torch.no_grad()

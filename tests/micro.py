@@ -24,12 +24,13 @@ RECIPE = pocket.Recipe(
     vae_steps=0,
     clip_width=8,
     clip_tokens=6,
-    t5_tokens=10,
+    t5_tokens=14,
     text_width=16,
     layers=2,
     heads=2,
     head_dim=8,
     patch_size=4,
+    sample_size=16,
     max_positions=8,
 )
 

@@ -41,7 +41,7 @@ def test_the_released_size_rule(size: tuple[int, int], expected: tuple[int, int]
 
 
 def test_a_resolution_that_does_not_divide_is_refused_with_the_nearest_that_does() -> None:
-    with pytest.raises(InputError, match=r"image_size 70 is not divisible by size_multiple 32.*use 64"):
+    with pytest.raises(InputError, match=r"image_size 70 is not divisible by size_multiple 16.*use 64"):
         check_size(70, 16)
 
 

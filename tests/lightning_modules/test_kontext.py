@@ -85,6 +85,8 @@ def test_sigma_follows_its_distribution(folder: str) -> None:
     sigma = KontextModule(folder, timesteps=Timesteps(mean=0.8)).draw_sigma(many)
     assert torch.logit(sigma).mean() == pytest.approx(0.8, abs=0.06)
     assert torch.logit(sigma).std() == pytest.approx(1.0, abs=0.05)
+    by_task = KontextModule(folder, timesteps=Timesteps(mean={"text_to_image": 0.8, "edit": 2.0})).draw_sigma(many)
+    assert torch.logit(by_task).mean() == pytest.approx(2.0, abs=0.06)
     uniform = KontextModule(folder, timesteps=Timesteps("uniform", shift=3.0)).draw_sigma(many)
     assert (uniform < 3 * 0.5 / 2).float().mean() == pytest.approx(0.5, abs=0.03)
     assert sigma.dtype == torch.float32
@@ -169,9 +171,9 @@ def test_a_shorter_text_sequence_is_kept_by_the_export(folder: str, tmp_path: Pa
     assert KontextPipeline.from_pretrained(tmp_path).t5_tokens == 4
 
 
-@pytest.mark.parametrize("length", [0, 11])
+@pytest.mark.parametrize("length", [0, 15])
 def test_a_text_sequence_longer_than_the_folder_takes_is_refused(folder: str, length: int) -> None:
-    with pytest.raises(CheckpointError, match=f"max_sequence_length is {length}; this folder's T5 takes 1 to 10"):
+    with pytest.raises(CheckpointError, match=f"max_sequence_length is {length}; this folder's T5 takes 1 to 14"):
         KontextModule(folder, max_sequence_length=length).configure_model()
 
 
