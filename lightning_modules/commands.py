@@ -131,7 +131,7 @@ def sampling_settings(arguments: argparse.Namespace, benchmark: Mapping[str, Any
         "guidance_scale": [*benchmark.get("guidance_scales", []), 3.5][0],
         "negative_prompt": benchmark.get("negative_prompt"),
     }
-    return {name: usual[name] if value is None else value for name, value in given.items()}
+    return usual | {name: value for name, value in given.items() if value is not None}
 
 
 def fitted(path: Path, size: int, multiple: int) -> Image.Image:

@@ -98,7 +98,6 @@ def test_low_layers_import_only_what_they_may(path: Path) -> None:
             "collections",
             "dataclasses",
             "lightning_modules",
-            "itertools",
             "math",
         }
     if prefix(name, STANDARD_ONLY):

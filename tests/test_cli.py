@@ -90,7 +90,17 @@ def killed_and_resumed(folder: Path, kill_at: int, workers: int) -> list[dict]:
     return ledger(folder)
 
 
-@pytest.mark.parametrize(("kill_at", "workers"), [(5, 0), (7, 2)])
+QUICK = {(5, 0), (7, 2)}  # the others take minutes
+
+
+@pytest.mark.parametrize(
+    ("kill_at", "workers"),
+    [
+        pytest.param(kill_at, workers, marks=[] if (kill_at, workers) in QUICK else pytest.mark.slow)
+        for kill_at in range(3, 12)  # before 3 there is no checkpoint, and --resume refuses
+        for workers in (0, 2)
+    ],
+)
 def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, kill_at: int, workers: int) -> None:
     whole = {row["step"]: row for row in ledger(run)}
     rows = killed_and_resumed(tmp_path, kill_at, workers)
@@ -104,15 +114,6 @@ def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, kill_at: in
         )
     ]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kill_at", range(1, 12))
-def test_a_run_killed_anywhere_resumes_bit_for_bit(run: Path, tmp_path: Path, kill_at: int, workers: int) -> None:
-    if kill_at < 3:
-        pytest.skip("there is no checkpoint yet: --resume refuses, which test_mistakes covers")
-    test_a_killed_run_resumes_bit_for_bit(run, tmp_path, kill_at, workers)
 
 
 def test_predict_edits_a_folder_and_draws_prompts(run: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,7 +20,7 @@ def euler_step(
 def euler(velocity: Velocity, x: Float[Tensor, "b ..."], sigmas: Float[Tensor, " n"]) -> Float[Tensor, "b ..."]:
     """Walks `sigmas` (from 1 to 0) with one velocity(x, sigma (B,)) a step; x stays in fp32."""
     x = x.float()
-    for sigma, following in pairwise(sigmas):
+    for sigma, following in sigmas.unfold(0, 2, 1):
         v = velocity(x, sigma.expand(len(x)).to(x.device)).float()
         x = euler_step(x, v, sigma.item(), following.item())
     return x
