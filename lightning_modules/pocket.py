@@ -53,6 +53,7 @@ class Recipe:
     patch_size: int = 8  # one token a cell of a scene: evidence in noise need not be gathered across tokens
     sample_size: int = 32
     max_positions: int = 4
+    scheduler_shift: float = 3.0
 
     @property
     def name(self) -> str:
@@ -274,8 +275,8 @@ def build_transformer(folder: Path, recipe: Recipe) -> None:
 
 
 def build_scheduler(folder: Path, recipe: Recipe) -> None:
-    """SD3's Euler scheduler without its shift for large pictures."""
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder)
+    """SD3's Euler scheduler; its shift spends the steps where the layout is decided."""
+    FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift).save_pretrained(folder)
 
 
 PARTS: dict[str, Callable[[Path, Recipe], None]] = {
