@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from data_pipeline.index import IndexedRecord
 from data_pipeline.transforms import Size
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 64  # pictures encoded together: one fixed geometry, so that the same picture always gives the same bits
 
@@ -32,6 +35,8 @@ class Encoder(Protocol):
 
 
 Item = tuple[str, Size]  # content hash and the size the picture is resized to
+Pictures = Mapping[Item, tuple[IndexedRecord, str]]  # where each picture lies: its record and member
+Load = Callable[[IndexedRecord, str, Size], Tensor]  # reads one as pixels (3, H, W) in [-1, 1]
 
 
 class LatentCache:
@@ -67,8 +72,8 @@ def cache_folder(root: Path, encoder: Encoder, items: Iterable[Item]) -> Path:
     return root / digest.hexdigest()[:16]
 
 
-def build_cache(root: Path, encoder: Encoder, pictures: dict[Item, tuple[IndexedRecord, str]], load: object) -> Path:
-    """Encodes what `pictures` name (record and member), unless it was done before; returns the cache's folder."""
+def build_cache(root: Path, encoder: Encoder, pictures: Pictures, load: Load) -> Path:
+    """Encodes what `pictures` name, unless it was done before; returns the cache's folder."""
     folder = cache_folder(root, encoder, pictures)
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{folder.name}.lock"):
@@ -82,8 +87,8 @@ def build_cache(root: Path, encoder: Encoder, pictures: dict[Item, tuple[Indexed
     return folder
 
 
-def _encode_all(folder: Path, encoder: Encoder, pictures: dict[Item, tuple[IndexedRecord, str]], load: object) -> None:
-    assert callable(load)
+def _encode_all(folder: Path, encoder: Encoder, pictures: Pictures, load: Load) -> None:
+    logger.info("encoding %d pictures, once, for the latent cache %s", len(pictures), folder.parent)
     rows: list[tuple[Size, list[str]]] = []
     for size in sorted({size for _, size in pictures}):
         items = sorted(item for item in pictures if item[1] == size)

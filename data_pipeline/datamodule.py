@@ -148,8 +148,7 @@ class ShardDataModule(L.LightningDataModule):
         for (task, bucket), positions in self.train_sets.items():
             names = ["target" if task == "edit" else "image", *(f"source{i}" for i in range(len(bucket) - 1))]
             for i in positions:
-                record = self.records[i] if self.records else None
-                assert record is not None
+                record = self.records[i]
                 for name, size in zip(names, bucket, strict=True):
                     pictures.setdefault((record.members[name].sha256, size), (record, name))
         encoder = self.trainer.lightning_module.latent_encoder()  # type: ignore[operator]

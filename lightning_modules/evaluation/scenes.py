@@ -29,6 +29,7 @@ class SceneBenchmark:
 
     `guidance_scales`: the first names the metrics without suffix; further ones are reported as `<metric>_guidance_<s>`.
     `negative_prompt`: None takes the pipeline's; a model whose captions were dropped to "" knows that one best.
+    `tasks`: what is measured, "text_to_image", "edit" or both.
     """
 
     level: int = 1
@@ -36,8 +37,13 @@ class SceneBenchmark:
     num_inference_steps: int = 20
     guidance_scales: tuple[float, ...] = (3.5, 1.0)
     negative_prompt: str | None = None
+    tasks: tuple[str, ...] = ("text_to_image", "edit")
     batch_size: int = 128
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tasks or set(self.tasks) - {"text_to_image", "edit"}:
+            raise ValueError(f"benchmark.tasks must be text_to_image, edit or both, got {list(self.tasks)}")
 
 
 def evaluate(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, float]:
@@ -46,7 +52,11 @@ def evaluate(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, f
     metrics: dict[str, float] = {}
     for scale in settings.guidance_scales:
         suffix = "" if scale == settings.guidance_scales[0] else f"_guidance_{scale:g}"
-        found = {**score_captions(pipeline, captions, settings, scale), **score_edits(pipeline, edits, settings, scale)}
+        found: dict[str, float] = {}
+        if "text_to_image" in settings.tasks:
+            found |= score_captions(pipeline, captions, settings, scale)
+        if "edit" in settings.tasks:
+            found |= score_edits(pipeline, edits, settings, scale)
         metrics |= {f"{name}{suffix}": value for name, value in found.items()}
     return metrics
 

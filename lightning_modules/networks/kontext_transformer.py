@@ -19,7 +19,7 @@ from lightning_modules.networks.loading import CheckpointError, check_weights
 STOCK_CLASS = "SD3Transformer2DModel"  # the name that stock diffusers loads
 KNOWN_CLASSES = {STOCK_CLASS, "SD3Transformer2DKontextModel", "KontextTransformer"}
 
-References = Float[Tensor, "b c h w"] | Sequence[Sequence[Float[Tensor, "c h w"]]]
+References = Float[Tensor, "b c _ _"] | Sequence[Sequence[Float[Tensor, "c _ _"]]]  # of sizes of their own
 
 
 class KontextTransformer(SD3Transformer2DModel):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from jaxtyping import TypeCheckError
 
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.samplers import path
@@ -44,8 +46,10 @@ def test_ends_of_the_path() -> None:
     x0, noise, _ = pair()
     assert torch.equal(path.interpolate(x0, noise, torch.ones(8)), noise)
     assert torch.equal(path.interpolate(x0, noise, torch.zeros(8)), x0)
-    with pytest.raises(ValueError, match=r"must have shape \(8,\)"):
+    with pytest.raises(TypeCheckError):  # one sigma for eight samples would broadcast, and be silently wrong
         path.interpolate(x0, noise, torch.ones(1))
+    with pytest.raises(ValueError, match=r"must have shape \(8,\)"):  # and so where annotations are not enforced
+        inspect.unwrap(path.per_sample)(torch.ones(1), x0)
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
