@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from data_pipeline import scenes
 from data_pipeline.batches import ImageBatch
 from data_pipeline.cache import Item, LatentCache, build_cache
-from data_pipeline.dataset import PlannedDataset, PlanSampler, common_bucket, group, load_pixels
+from data_pipeline.dataset import PlannedDataset, PlanSampler, common_bucket, group, load_pixels, read_prompt
 from data_pipeline.errors import InputError
 from data_pipeline.index import IndexedRecord, load_index
 from data_pipeline.plan import Bucket, Plan, PlannedBatch
@@ -188,6 +189,12 @@ class ShardDataModule(L.LightningDataModule):
         batches = Plan(self.val_sets, tasks, self.batch_size, self.seed).batches()
         planned = [next(batches) for _ in range(self.val_batches)]
         return self._loader(PlannedDataset(self.records), planned, 0)
+
+    def prompts(self) -> Iterator[str]:
+        """The texts that will be trained on, in stored order."""
+        for (task, _), positions in self.train_sets.items():
+            if self.ratio.get(task, 0) > 0:
+                yield from (read_prompt(self.records[i]) for i in positions)
 
     def sample_batches(self, num_samples: int) -> list[ImageBatch]:
         """For each task the same few held-out records of its commonest bucket, as pixels."""

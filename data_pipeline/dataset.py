@@ -62,7 +62,6 @@ class PlannedDataset(Dataset[ImageBatch]):
 
     def __getitem__(self, planned: PlannedBatch) -> ImageBatch:  # type: ignore[override]
         records = [self.records[i] for i in planned.indices]
-        facts = [json.loads(read_member(record, "json")) for record in records]
         target_size, *sizes = planned.bucket
         target = "target" if planned.task == "edit" else "image"
         references = [
@@ -74,7 +73,7 @@ class PlannedDataset(Dataset[ImageBatch]):
             keys=[record.key for record in records],
             sample_ids=torch.tensor([record.sample_id for record in records]),
             epochs=torch.tensor(planned.epochs),
-            prompts=[fact.get("caption", fact.get("instruction", "")) for fact in facts],
+            prompts=[read_prompt(record) for record in records],
             target=torch.stack([self.image(record, target, target_size) for record in records]),
             references=collate_references(references),
             encoded=self.cache is not None,
@@ -85,6 +84,12 @@ class PlannedDataset(Dataset[ImageBatch]):
         if self.cache is not None:
             return self.cache.moments(record.members[name].sha256, size)
         return load_pixels(record, name, size)
+
+
+def read_prompt(record: IndexedRecord) -> str:
+    """A record's caption or instruction."""
+    facts = json.loads(read_member(record, "json"))
+    return facts.get("caption", facts.get("instruction", ""))
 
 
 def load_pixels(record: IndexedRecord, name: str, size: tuple[int, int]) -> torch.Tensor:

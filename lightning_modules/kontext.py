@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,6 +26,8 @@ from lightning_modules.pipelines.prompts import PromptCache
 from lightning_modules.pocket import checkpoint_folder
 from lightning_modules.samplers import path, timesteps
 from lightning_modules.schedule import AdamW, adamw
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,6 +105,14 @@ class KontextModule(L.LightningModule):
         self.transformer.requires_grad_(True).train()
         if self.compile_blocks:
             compile_blocks(self.transformer)
+
+    def on_fit_start(self) -> None:
+        """Embeds the captions ahead where the data can name them, as many as fit in memory: steps look them up."""
+        prompts = getattr(self.trainer.datamodule, "prompts", None)  # type: ignore[attr-defined]
+        if prompts is not None and self._prompts is not None:
+            logger.info("embedding the captions, once")
+            self.pipeline()
+            self._prompts.fill(prompts())
 
     def pipeline(self) -> KontextPipeline:
         """The inference pipeline on the live weights, frozen parts included, on this module's device."""

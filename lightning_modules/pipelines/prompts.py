@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,20 @@ class PromptCache:
         for prompt in prompts:
             self._remember(prompt, fresh)
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+    def fill(self, prompts: Iterable[str]) -> None:
+        """Embeds prompts ahead of need, as many as fit in memory."""
+        chunk: dict[str, None] = {}
+        for prompt in prompts:
+            if prompt not in self._entries:
+                chunk[prompt] = None
+            if len(chunk) == CHUNK:
+                sequence, pooled = self(list(chunk))
+                chunk.clear()
+                if self._bytes + sequence.nbytes + pooled.nbytes > self.max_bytes:
+                    return
+        if chunk:
+            self(list(chunk))
 
     def _remember(self, prompt: str, fresh: dict[str, tuple[Tensor, Tensor]]) -> None:
         if prompt in self._entries:
