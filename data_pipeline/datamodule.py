@@ -196,6 +196,16 @@ class ShardDataModule(L.LightningDataModule):
             if self.ratio.get(task, 0) > 0:
                 yield from (read_prompt(self.records[i]) for i in positions)
 
+    def first_batches(self) -> Iterator[ImageBatch]:
+        """The first training batch of each task."""
+        waiting = {task for task, n in self.ratio.items() if n > 0}
+        for planned in self.plan().batches():
+            if planned.task in waiting:
+                waiting.remove(planned.task)
+                yield PlannedDataset(self.records, self._cache)[planned]
+            if not waiting:
+                return
+
     def sample_batches(self, num_samples: int) -> list[ImageBatch]:
         """For each task the same few held-out records of its commonest bucket, as pixels."""
         batches = []

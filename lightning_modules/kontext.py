@@ -107,12 +107,25 @@ class KontextModule(L.LightningModule):
             compile_blocks(self.transformer)
 
     def on_fit_start(self) -> None:
-        """Embeds the captions ahead where the data can name them, as many as fit in memory: steps look them up."""
-        prompts = getattr(self.trainer.datamodule, "prompts", None)  # type: ignore[attr-defined]
-        if prompts is not None and self._prompts is not None:
+        """Embeds the captions ahead, as many as fit in memory, and compiles, so that the first steps need not."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert self._prompts is not None and self._pipeline is not None
+        self._pipeline.to(self.device)
+        if hasattr(data, "prompts"):
             logger.info("embedding the captions, once")
-            self.pipeline()
-            self._prompts.fill(prompts())
+            self._prompts.fill(data.prompts())
+        if self.compile_blocks and hasattr(data, "first_batches"):
+            for batch in data.first_batches():
+                logger.info("compiling the blocks for %s", batch.task)
+                self.compile_for(batch)
+
+    def compile_for(self, batch: ImageBatch) -> None:
+        """A forward and a backward pass that leave no trace: every draw is counted, and gradients are dropped."""
+        parameters = [p for _, p in self.trainable_parameters()]
+        precision = self.trainer.precision_plugin
+        with precision.train_step_context():
+            loss = self.flow_matching_loss(precision.convert_input(batch).to(self.device))
+        torch.autograd.grad(loss, parameters)
 
     def pipeline(self) -> KontextPipeline:
         """The inference pipeline on the live weights, frozen parts included, on this module's device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from micro import micro_folder
@@ -52,6 +53,14 @@ def test_only_the_transformer_trains(module: KontextModule) -> None:
     assert all(torch.isfinite(p.grad).all() for _, p in module.trainable_parameters() if p.grad is not None)
     assert all(p.grad is None for p in module.pipeline().vae.parameters())
     assert sum(p.numel() for _, p in module.trainable_parameters()) <= 100_000
+
+
+def test_compiling_ahead_leaves_no_trace(module: KontextModule) -> None:
+    module.trainer = L.Trainer(accelerator="cpu", precision="bf16-mixed", logger=False, enable_checkpointing=False)
+    random, weights = torch.get_rng_state(), [p.detach().clone() for p in module.parameters()]
+    module.compile_for(batch())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is None and torch.equal(p, w) for p, w in zip(module.parameters(), weights, strict=True))
 
 
 def test_the_loss_is_the_velocity_regression(module: KontextModule) -> None:
