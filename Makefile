@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 fit: $(VENV)/.installed
 	$(BIN)/python -m lightning_modules.cli fit -c configs/edit.yaml
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed browser
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed
@@ -35,6 +35,16 @@ data: $(VENV)/.installed
 
 picture:  # the README's picture: the last grid of the last finished `make fit`
 	cp "$$(ls runs/edit/latest/samples/*.png | tail -n 1)" notebooks/edit_samples.png
+
+.PHONY: browser
+browser:  # for the test of inspect's page; where none can be installed, that test is reported as skipped
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name >/dev/null && exit 0; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  { apt-get -qq update; DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install chromium; } \
+	    >/dev/null 2>&1 || echo "no browser could be installed: its test will be skipped"; \
+	fi
 
 clean:
 	rm -rf pocket data runs

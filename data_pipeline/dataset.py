@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import LatentCache
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, read_member
+from data_pipeline.index import IndexedRecord, read_member, read_prompt
 from data_pipeline.plan import Bucket, Plan, PlannedBatch
 from data_pipeline.transforms import decode, fit_size, to_tensor
 
@@ -86,12 +85,6 @@ class PlannedDataset(Dataset[ImageBatch]):
         return load_pixels(record, name, size)
 
 
-def read_prompt(record: IndexedRecord) -> str:
-    """A record's caption or instruction."""
-    facts = json.loads(read_member(record, "json"))
-    return facts.get("caption", facts.get("instruction", ""))
-
-
 def load_pixels(record: IndexedRecord, name: str, size: tuple[int, int]) -> torch.Tensor:
     """A member decoded and resized, (3, H, W) in [-1, 1]."""
     try:
@@ -100,8 +93,8 @@ def load_pixels(record: IndexedRecord, name: str, size: tuple[int, int]) -> torc
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise InputError(
-            f"{record.shard}: {name} of record {record.key} does not decode ({error}); it did when the shard was "
-            f"built, so the file was damaged since: build it again"
+            f"{record.shard}: {name} of record {record.key} does not decode ({error}); it did if the shard was built "
+            f"here, so the file was damaged since: build it again; of tars by others, lint names all that do not"
         ) from error
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline import remote
 from data_pipeline.errors import InputError
 
 SCHEMA = pa.schema(
@@ -20,20 +22,49 @@ SCHEMA = pa.schema(
         ("sample_id", pa.int64()),
         ("kind", pa.string()),
         ("split", pa.string()),
+        ("origin", pa.string()),
+        ("licence", pa.string()),
+        ("text_length", pa.int32()),
+        ("text_sha256", pa.binary(32)),
+        ("pictures_sha256", pa.binary(32)),
         ("field", pa.string()),
         ("extension", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("sha256", pa.string()),
+        ("sha256", pa.binary(32)),
     ]
 )
 
 
+COLUMNS = [
+    name for name in SCHEMA.names if name not in ("origin", "licence", "text_length", "text_sha256", "pictures_sha256")
+]
+KEEP = "keep.parquet"
+SUFFIX = ".index.parquet"
+LOCATION = b"location"  # of the tar, in a sidecar's metadata, where it is not beside it: an absolute path or a URL
+TEXT_FIELDS = ("json", "txt")  # every record has one of them, and one row that is its text's
+PROMPTS = ("txt", "caption", "text", "instruction", "prompt")  # what a JSON member may call its text
+
+
+def with_scores(columns: Sequence[pa.Field]) -> pa.Schema:
+    """The schema of an index with score columns; each field's metadata names its scorer and revision."""
+    taken = set(SCHEMA.names)
+    for column in columns:
+        if column.name in taken:
+            raise InputError(f"two steps write the score column {column.name}; a recipe may have each once")
+        taken.add(column.name)
+    return pa.schema([*SCHEMA, *columns])
+
+
 @dataclass(frozen=True)
 class Member:
-    """One file of a record inside a tar: byte range, pixels when upright (0 for JSON) and sha256 of its bytes."""
+    """One file of a record inside a tar: byte range, pixels when upright (0 for a text) and sha256 of its bytes.
+
+    Where the bytes were not read when they were indexed, `sha256` names the place they lie at instead: no two places
+    share a name, and `hashed` is False.
+    """
 
     offset: int
     size: int
@@ -42,12 +73,17 @@ class Member:
     extension: str
     sha256: str
 
+    @property
+    def hashed(self) -> bool:
+        """Whether `sha256` is a hash of the bytes."""
+        return len(self.sha256) == 64
+
 
 @dataclass(frozen=True)
 class IndexedRecord:
-    """A record's members by name ("image", "source0", "target", "json") in one shard."""
+    """A record's members by name ("image", "source0", "target", "json" or "txt") in one shard, a file or a URL."""
 
-    shard: Path
+    shard: Path | str
     key: str
     kind: str
     split: str
@@ -62,57 +98,125 @@ def sample_id(key: str) -> int:
 
 def sidecar(shard: Path) -> Path:
     """The index file beside a tar."""
-    return shard.with_suffix(".index.parquet")
+    return shard.with_suffix(SUFFIX)
 
 
-def load_index(folder: Path) -> list[IndexedRecord]:
-    """All records of a folder of shards, in stored order."""
+def sidecars(folder: Path) -> list[Path]:
+    """The index files of a folder of finished shards, or of a folder of indexes of tars elsewhere, in stored order."""
     folder = Path(folder)
     remedy = f"build some: python -m data_pipeline build -c RECIPE --output {folder}"
     if not folder.is_dir():
         raise InputError(f"there is no folder of shards at {folder}; {remedy}")
     shards = sorted(folder.glob("*.tar"))
+    if not shards and (indexes := [path for path in sorted(folder.glob(f"*{SUFFIX}")) if _location(path)]):
+        return indexes
     if not shards:
         raise InputError(f"{folder} holds no shards (*.tar); {remedy}")
-    records: list[IndexedRecord] = []
+    if (folder / "recipe.json").is_file() and not (folder / "manifest.json").is_file():
+        raise InputError(f"{folder} holds an unfinished build; run the same build command again, it goes on")
     for shard in shards:
         if not sidecar(shard).is_file():
             raise InputError(f"{shard} has no index {sidecar(shard).name} beside it; build the shards again")
-        records.extend(_grouped(shard))
-    return records
+    return [sidecar(shard) for shard in shards]
 
 
-def _grouped(shard: Path) -> Iterable[IndexedRecord]:
+def load_index(folder: Path) -> list[IndexedRecord]:
+    """The selected records of a folder of shards, in stored order; all where nothing was selected."""
+    folder = Path(folder)
+    records = [record for path in sidecars(folder) for record in _grouped(path)]
+    kept = kept_ids(folder)
+    return records if kept is None else [record for record in records if record.sample_id in kept]
+
+
+def kept_ids(folder: Path) -> set[int] | None:
+    """The sample ids that a selection kept; None where nothing was selected."""
+    if not (folder / KEEP).is_file():
+        return None
+    try:
+        return set(pq.read_table(folder / KEEP, columns=["sample_id"])["sample_id"].to_pylist())
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise InputError(f"{folder / KEEP} is damaged, select again: {error}") from error
+
+
+def _location(path: Path) -> str:
+    """Where the tar of a sidecar lies, "" if beside it."""
+    try:
+        return (pq.read_schema(path).metadata or {}).get(LOCATION, b"").decode()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged, build the shards again: {error}") from error
+
+
+def _grouped(path: Path) -> Iterable[IndexedRecord]:
     """Rows of one sidecar to records; members of a record are adjacent."""
     current: IndexedRecord | None = None
     try:
-        rows = pq.read_table(sidecar(shard), schema=SCHEMA).to_pylist()
+        table = pq.read_table(path, columns=COLUMNS)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{sidecar(shard)} is damaged, build the shards again: {error}") from error
-    for row in rows:
+        raise InputError(f"{path} is damaged, build the shards again: {error}") from error
+    facts = table.schema.metadata or {}
+    location = facts.get(LOCATION, b"").decode()
+    beside = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
+    shard = (location if remote.is_url(location) else Path(location)) if location else beside
+    place = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]  # the stamp is part of it
+    for row in table.to_pylist():
         if current is None or current.key != row["key"]:
             if current is not None:
                 yield current
             current = IndexedRecord(shard, row["key"], row["kind"], row["split"], row["sample_id"])
-        names = ("offset", "size", "width", "height", "extension", "sha256")
-        current.members[row["field"]] = Member(*(row[name] for name in names))
+        digest = row["sha256"].hex() if row["sha256"] else f"at-{place}-{row['offset']}"
+        current.members[row["field"]] = Member(
+            row["offset"], row["size"], row["width"], row["height"], row["extension"], digest
+        )
     if current is not None:
         yield current
 
 
+class _Descriptor:
+    """A file open for reading, closed when nobody holds it any more: an evicted one may still be in use."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 @lru_cache(maxsize=256)
-def _descriptor(path: str, process: int) -> int:
+def _descriptor(path: str, process: int) -> _Descriptor:
     # One descriptor a file and process: a descriptor inherited by fork is fine to pread, but may have been evicted.
-    return os.open(path, os.O_RDONLY)
+    return _Descriptor(path)
 
 
 def read_member(record: IndexedRecord, name: str) -> bytes:
-    """The bytes of a member, by one positional read."""
+    """The bytes of a member, by one positional read of a file or one range of a URL."""
     member = record.members[name]
-    data = os.pread(_descriptor(str(record.shard), os.getpid()), member.size, member.offset)
+    if isinstance(record.shard, str):
+        data = remote.read_range(record.shard, member.offset, member.offset + member.size)
+    else:
+        try:
+            file = _descriptor(str(record.shard), os.getpid())
+            data = os.pread(file.number, member.size, member.offset)
+        except OSError as error:
+            raise InputError(f"cannot read {record.shard}: {error.strerror}; build or index it again") from error
     if len(data) != member.size:
         raise InputError(
             f"{record.shard}: record {record.key} should have {member.size} bytes of {name} at {member.offset}, the "
-            f"file ends after {len(data)}; the shard is truncated, build it again"
+            f"file ends after {len(data)}; the shard is truncated, build it again, or index it again if it is not ours"
         )
     return data
+
+
+def read_prompt(record: IndexedRecord) -> str:
+    """A record's caption or instruction."""
+    try:
+        if "txt" in record.members:
+            return read_member(record, "txt").decode("utf-8-sig").strip()
+        facts = json.loads(read_member(record, "json"))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{record.shard}: the text of {record.key} has changed since it was indexed: {error}"
+        ) from error
+    return next((facts[name] for name in PROMPTS if facts.get(name)), "")

@@ -1,115 +1,354 @@
-"""Counts of a folder of shards and one self-contained HTML page of thumbnails."""
+"""Counts of a folder of shards and one self-contained HTML page: survival funnel, histograms and pictures."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
 
+from data_pipeline import remote
+from data_pipeline.charts import Histogram, chart, histogram
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, load_index, read_member
-from data_pipeline.shards import MANIFEST, READABLE, atomic_write, read_manifest
+from data_pipeline.index import COLUMNS, KEEP, LOCATION, SCHEMA, SUFFIX, IndexedRecord, Member, read_member, sidecars
+from data_pipeline.progress import progress
+from data_pipeline.records import EncodedImage
+from data_pipeline.report import Categories, Figure, Picture, Report, Stage, render
+from data_pipeline.shards import MANIFEST, atomic_write, read_manifest, upright_size
+from data_pipeline.steps.decode import Decode
+from data_pipeline.steps.pixels import pixels
 
-THUMBNAIL = 160  # pixels
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#222;background:#fafafa}
-h1{font-size:1.4rem} table{border-collapse:collapse;margin:1rem 0}
-td,th{padding:.25rem .9rem;border-bottom:1px solid #ddd;text-align:left} td:last-child{text-align:right}
-details{margin:0 0 1rem} .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(350px,1fr));gap:14px}
-figure{margin:0;padding:12px;background:#fff;border:1px solid #e2e2e2;border-radius:10px}
-.row{display:flex;gap:8px;align-items:center;flex-wrap:wrap}
-img{width:150px;height:150px;object-fit:contain;background:#f0f0f0;border-radius:6px}
-figcaption{margin-top:8px} small{color:#777} .arrow{font-size:1.4rem;color:#999}
-"""
+THUMBNAIL = 384  # pixels of the longer side, enough to look at it enlarged
+TINY = 128  # pixels up to which a picture is kept exactly
+MAX_TEXT = 1 << 20  # bytes of a text or JSON member that is read
+SAMPLE = 256  # records whose metadata is counted, which only the tars hold: shares to within a few percent
+EXACT = 2**53  # integers beyond it are fingerprints, not quantities
+PLAIN = ("kind", "split", "origin", "licence")
+IDENTITY = ("key", "kind", "split", "sample_id")  # columns that are fields of an IndexedRecord
+PLACE = ("offset", "size", "width", "height", "extension")  # and of a Member
+PICTURES = ("png", "jpg", "jpeg", "webp")
+TEXTS = ("txt", "caption", "text")  # what tars by others call a caption, as a member or a field
+LIMITS = Decode(min_side=1)
 
 
-def counts(records: list[IndexedRecord]) -> Counter[tuple[str, str]]:
-    """Records by (kind, split)."""
-    return Counter((record.kind, record.split or "unsplit") for record in records)
+@dataclass(frozen=True)
+class Index:
+    """The sidecars as columns.
+
+    Of R records: `table` (PLAIN, sample_id, text_length and scores), `file`, the number of the sidecar, and `row`, the
+    first in it. Of P pictures: `owner`, the number of the record, `width` and `height`, 0 where unknown.
+    """
+
+    listed: Sequence[Path]
+    table: pa.Table
+    file: np.ndarray
+    row: np.ndarray
+    owner: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    size: int
+    scorers: dict[str, str]
 
 
 def inspect(folder: Path, limit: int = 48) -> str:
-    """Writes FOLDER/inspect.html and returns the counts as text."""
+    """Writes FOLDER/inspect.html with the pictures of at most `limit` records, and returns the counts as text."""
     folder = Path(folder)
-    records = load_index(folder)
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    rows = [(f"{kind}, {split}", n) for (kind, split), n in sorted(counts(records).items())]
-    rows += [(f"rejected: {reason}", n) for reason, n in manifest.get("rejected", {}).items()]
-    rows += [("shards", len({record.shard for record in records})), ("bytes", total_bytes(records))]
+    report = survey(folder, limit)
     page = folder / "inspect.html"
-    examples = [f"{reason}: {line}" for reason, lines in manifest.get("examples", {}).items() for line in lines]
-    atomic_write(page, render_page(folder, rows, examples, spread(records, limit)).encode())
-    return "\n".join([*(f"{name:32} {n:>12,}" for name, n in rows), f"pictures: {page}"])
+    atomic_write(page, render(report).encode("utf-8", "replace"))  # half a surrogate pair in a text has no UTF-8
+    rows = [(name, count) for name, count, _ in report.categories[0].counts]
+    rows += [(f"rejected: {stage.name}: {reason}", count) for stage in report.stages for reason, count, _ in stage.why]
+    rows += [] if report.selected is None else [("selected", report.selected)]
+    rows += [("shards", report.shards), ("bytes", report.size)]
+    width = max(32, *(len(name) for name, _ in rows))
+    return "\n".join([*(f"{name:{width}} {n:>12,}" for name, n in rows), f"pictures: {page}"])
 
 
-def total_bytes(records: list[IndexedRecord]) -> int:
-    """Bytes of all members."""
-    return sum(member.size for record in records for member in record.members.values())
-
-
-def spread(records: list[IndexedRecord], limit: int) -> list[IndexedRecord]:
-    """At most `limit` records, evenly spread over each kind."""
-    kinds = sorted({record.kind for record in records})
-    chosen: list[IndexedRecord] = []
-    for kind in kinds:
-        own = [record for record in records if record.kind == kind]
-        share = max(1, limit // len(kinds))
-        chosen += own[:: max(1, -(-len(own) // share))]
-    return chosen
-
-
-def render_page(folder: Path, rows: list[tuple[str, int]], examples: list[str], records: list[IndexedRecord]) -> str:
-    """The page: a table of counts, examples of what was rejected and a figure a record."""
-    table = "".join(f"<tr><td>{html.escape(name)}</td><td>{n:,}</td></tr>" for name, n in rows)
-    figures = "\n".join(figure(record) for record in records)
-    title = html.escape(str(folder))
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in examples)
-    lost = f"<details><summary>examples of rejected records</summary><ul>{lines}</ul></details>" if lines else ""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f'<h1>{title}</h1><table>{table}</table>{lost}<div class="grid">{figures}</div></html>'
+def survey(folder: Path, limit: int) -> Report:
+    """What the page shows of a folder."""
+    if limit < 0:
+        raise InputError(f"limit is {limit}; expected 0 or more records on the page")
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    index = read_index(sidecars(folder))
+    kept, rules = read_selection(folder, index)
+    total = index.table.num_rows
+    sample, shown = evenly(min(SAMPLE, total), total), spread(index, kept, limit)
+    records = load(index, np.union1d(sample, shown))
+    figures = [
+        figure(records[i], index.table.slice(i, 1).to_pylist()[0], None if kept is None else bool(kept[i]))
+        for i in progress(shown.tolist(), len(shown), "pictures")
+    ]
+    drawn = histograms(index, kept)
+    ends = {found.name: (found.summary[0], found.summary[2]) for found in drawn if found.edges}
+    names = dict.fromkeys(name for each in figures for name in each.scores if name in ends)
+    return Report(
+        folder=str(folder),
+        records=total,
+        selected=None if kept is None else int(kept.sum()),
+        rejected=sum(manifest["rejected"].values()) if manifest else None,
+        shards=len(index.listed),
+        size=index.size,
+        stages=stages(manifest),
+        rules=rules,
+        categories=categories(index, kept) + metadata_categories([facts_of(records[i]) for i in sample.tolist()]),
+        charts=[chart(found) for found in drawn],
+        figures=figures,
+        columns={name: ends[name] for name in names},
     )
 
 
-def figure(record: IndexedRecord) -> str:
-    """One record: its pictures, an arrow before an edit's target, and its text."""
-    facts = json.loads(verified(record, "json"))
-    pictures = []
-    for name in record.members:
-        if name == "json":
-            continue
-        if name == "target":
-            pictures.append('<span class="arrow">&rarr;</span>')
-        pictures.append(f'<img alt="{html.escape(name)}" src="{thumbnail(verified(record, name))}">')
-    member = record.members.get("target") or record.members["image"]
-    text = html.escape(facts.get("caption") or facts.get("instruction") or "")
-    detail = html.escape(f"{record.key} · {member.width} x {member.height} · {facts['origin']} {record.split}")
-    return (
-        f'<figure><div class="row">{"".join(pictures)}</div>'
-        f"<figcaption>{text}<br><small>{detail}</small></figcaption></figure>"
-    )
+def stages(manifest: dict[str, Any]) -> list[Stage]:
+    """The survival funnel of a build."""
+    found, before = [], manifest.get("seen", 0)
+    for name in manifest.get("stages", []):
+        lost = {r.removeprefix(f"{name}: "): n for r, n in manifest["rejected"].items() if r.startswith(f"{name}: ")}
+        why = [(reason, n, manifest["examples"].get(f"{name}: {reason}", [])) for reason, n in lost.items()]
+        after = manifest["passed"].get(name, 0)
+        found.append(Stage(name, before, after, sorted(why, key=lambda reason: -reason[1])))
+        before = after
+    return found
+
+
+def read_index(listed: Sequence[Path]) -> Index:
+    """All sidecars, column by column: no object is made for a record."""
+    parts: list[pa.Table] = []
+    first: list[np.ndarray] = []
+    pictures: list[tuple[np.ndarray, ...]] = []
+    scorers: dict[str, set[str]] = {}
+    records = size = 0
+    for path in progress(listed, len(listed), "indexes"):
+        rows, schema = read_sidecar(path)
+        for field in schema:
+            if field.name not in SCHEMA.names:
+                named = [
+                    (field.metadata or {}).get(key, b"").decode(errors="replace") for key in (b"scorer", b"revision")
+                ]
+                scorers.setdefault(field.name, set()).add(" ".join(filter(None, named)) or "no scorer named")
+        ids = rows["sample_id"].to_numpy()
+        begins = np.ones(len(ids), bool)
+        begins[1:] = ids[1:] != ids[:-1]  # members of a record are adjacent
+        drawn = pc.is_in(pc.utf8_lower(rows["extension"]), pa.array(PICTURES)).to_numpy()
+        sides = (pc.fill_null(rows[name], 0).to_numpy()[drawn] for name in ("width", "height"))
+        pictures.append(((records + np.cumsum(begins) - 1)[drawn], *sides))
+        parts.append(rows.filter(pa.array(begins)).drop(["extension", "size", "width", "height"]))
+        first.append(np.flatnonzero(begins))
+        records += len(first[-1])
+        size += pc.sum(rows["size"]).as_py() or 0
+    try:
+        table = pa.concat_tables(parts, promote_options="permissive").unify_dictionaries()
+    except pa.ArrowException as error:
+        raise InputError(f"the indexes of {listed[0].parent} do not fit together: {error}; build again") from error
+    file = np.repeat(np.arange(len(first)), [len(rows) for rows in first])
+    owner, width, height = (np.concatenate(column) for column in zip(*pictures, strict=True))
+    named_by = {name: "; ".join(sorted(found)) for name, found in scorers.items()}
+    return Index(listed, table, file, np.concatenate(first), owner, width, height, size, named_by)
+
+
+def read_sidecar(path: Path) -> tuple[pa.Table, pa.Schema]:
+    """A sidecar's rows without what only a reader of the tar needs, repeated texts as numbers; and its schema."""
+    unneeded = {"key", "text_sha256", "pictures_sha256", "field", "offset", "sha256"}
+    try:
+        schema = pq.read_schema(path)
+        if absent := set(SCHEMA.names) - set(schema.names):
+            raise InputError(f"{path} is no index, it has no {', '.join(sorted(absent))}; build the shards again")
+        wanted = [name for name in schema.names if name not in unneeded]
+        rows = pq.read_table(path, columns=wanted, read_dictionary=list(PLAIN))
+        return rows.cast(pa.schema([field.remove_metadata() for field in rows.schema])), schema
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged, build the shards again: {error}") from error
+
+
+def read_selection(folder: Path, index: Index) -> tuple[np.ndarray | None, list[Stage]]:
+    """Which records a selection kept, (R,) bool, and how many each rule left; None where nothing was selected."""
+    path = folder / KEEP
+    if not path.is_file():
+        return None, []
+    try:
+        table = pq.read_table(path, columns=["sample_id"])
+        funnel = json.loads((table.schema.metadata or {}).get(b"funnel", b"[]"))
+        rules = [Stage(str(rule), int(before), int(after)) for rule, before, after in funnel]
+        return np.isin(index.table["sample_id"].to_numpy(), table["sample_id"].to_numpy()), rules
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged, select again: {error}") from error
+
+
+def evenly(count: int, total: int) -> np.ndarray:
+    """`count` different numbers below `total`, as far apart as can be."""
+    return np.arange(count) * total // max(1, count)
+
+
+def spread(index: Index, kept: np.ndarray | None, limit: int) -> np.ndarray:
+    """The numbers of at most `limit` records, evenly spread over each kind and over what was kept and left out."""
+    kind = codes(index.table["kind"])[0]
+    group = kind if kept is None else 2 * kind + ~kept
+    members = [np.flatnonzero(group == value) for value in np.unique(group)]
+    chosen = [np.zeros(0, int)]
+    for done, own in enumerate(sorted(members, key=len)):  # what a small group leaves goes to the others
+        chosen.append(own[evenly(min(len(own), limit // (len(members) - done)), len(own))])
+        limit -= len(chosen[-1])
+    return np.sort(np.concatenate(chosen))
+
+
+def load(index: Index, numbers: np.ndarray) -> dict[int, IndexedRecord]:
+    """Records by number, and no others."""
+    found: dict[int, IndexedRecord] = {}
+    files = np.unique(index.file[numbers]).tolist()
+    for file in progress(files, len(files), "shards"):
+        path = index.listed[file]
+        table = pq.read_table(path, columns=COLUMNS)
+        location = (table.schema.metadata or {}).get(LOCATION, b"").decode()
+        beside = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
+        shard = (location if remote.is_url(location) else Path(location)) if location else beside
+        ends = np.append(index.row[index.file == file], table.num_rows)
+        for i in numbers[index.file[numbers] == file].tolist():
+            start = index.row[i]
+            rows = table.slice(start, ends[np.searchsorted(ends, start) + 1] - start).to_pylist()
+            members = {
+                row["field"]: Member(**{name: row[name] for name in PLACE}, sha256=(row["sha256"] or b"").hex())
+                for row in rows
+            }
+            found[i] = IndexedRecord(shard, **{name: rows[0][name] for name in IDENTITY}, members=members)
+    return found
+
+
+def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """A dictionary column as numbers and the names they stand for; a null is as good as ""."""
+    encoded = column.combine_chunks()
+    names = [*encoded.dictionary.to_pylist(), ""]
+    return pc.fill_null(encoded.indices, names.index("")).to_numpy().astype(np.int64), names
+
+
+def categories(index: Index, kept: np.ndarray | None) -> list[Categories]:
+    """Records by kind and split, by origin and by licence."""
+    (kind, kinds), (split, splits) = codes(index.table["kind"]), codes(index.table["split"])
+    pairs = [f"{k or 'unknown'}, {s or 'unsplit'}" for k in kinds for s in splits]
+    found = [Categories("kind and split", counted(kind * len(splits) + split, pairs, kept))]
+    for name in ("origin", "licence"):
+        code, names = codes(index.table[name])
+        found.append(Categories(name, counted(code, [label or "not given" for label in names], kept)))
+    return found
+
+
+def counted(code: np.ndarray, labels: Sequence[str], kept: np.ndarray | None) -> list[tuple[str, int, int | None]]:
+    """(label, records, of them kept), the most frequent first."""
+    every = np.bincount(code, minlength=len(labels)).tolist()
+    chosen = [None] * len(labels) if kept is None else np.bincount(code[kept], minlength=len(labels)).tolist()
+    rows = [row for row in zip(labels, every, chosen, strict=True) if row[1]]
+    return sorted(rows, key=lambda row: (-row[1], row[0]))
+
+
+def metadata_categories(sample: Sequence[dict[str, Any]]) -> list[Categories]:
+    """Values of metadata that repeat, such as tasks; texts and ids, which differ from record to record, do not."""
+    fields: dict[str, Counter[str]] = {}
+    for facts in sample:
+        for name, value in metadata(facts).items():
+            if isinstance(value, str | int) and len(str(value)) <= 40:
+                fields.setdefault(str(name), Counter())[str(value)] += 1
+    detail = f"of {len(sample):,} records that were read"
+    return [
+        Categories(f"metadata: {name}", [(value, n, None) for value, n in found.most_common()], detail)
+        for name, found in sorted(fields.items())
+        if 1 < len(found) <= max(2, found.total() // 4)
+    ]
+
+
+def histograms(index: Index, kept: np.ndarray | None) -> list[Histogram]:
+    """Lengths of texts, sizes of pictures and every score column."""
+    known = index.width > 0
+    width, height = index.width[known], index.height[known]
+    of_known = None if kept is None else kept[index.owner[known]]
+    found = [column_histogram(index, "text_length", "characters of the caption, instruction or prompt", kept)]
+    for name, sides in (("width", width), ("height", height), ("width / height", width / np.maximum(height, 1))):
+        found.append(histogram(name, "of every picture, upright", sides, of_known, int((~known).sum())))
+    return found + [column_histogram(index, name, scorer, kept) for name, scorer in index.scorers.items()]
+
+
+def column_histogram(index: Index, name: str, detail: str, kept: np.ndarray | None) -> Histogram:
+    """The histogram of a column of the index; one without bins for texts and fingerprints."""
+    column = index.table[name]
+    column = column.cast(pa.int8()) if pa.types.is_boolean(column.type) else column
+    nulls, present = column.null_count, column.drop_null()
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        values = present.to_numpy()
+        if values.dtype.kind == "f" or not values.size or max(-int(values.min()), int(values.max())) < EXACT:
+            return histogram(name, detail, values, None if kept is None else kept[column.is_valid().to_numpy()], nulls)
+    return Histogram(name, detail, len(present), nulls, distinct=pc.count_distinct(present).as_py())
+
+
+def figure(record: IndexedRecord, row: dict[str, Any], kept: bool | None) -> Figure:
+    """What the page shows of a record: its pictures, its text and what is known about it."""
+    facts = facts_of(record)
+    pictures = [picture(record, name) for name in record.members if extension(record, name) in PICTURES]
+    scores = {name: value for name, value in row.items() if name not in (*PLAIN, "sample_id")}
+    if pictures and pictures[-1].width:  # the last is the one to learn, in every kind of record that has one
+        scores |= {"width": pictures[-1].width, "height": pictures[-1].height}
+    about = {**{name: str(row[name] or "") for name in PLAIN}, "shard": Path(record.shard).name}
+    return Figure(record.key, record.kind, kept, pictures, texts_of(record, facts), about, scores, metadata(facts))
+
+
+def facts_of(record: IndexedRecord) -> dict[str, Any]:
+    """The record's JSON object; empty where it has none that can be read."""
+    if "json" not in record.members or record.members["json"].size > MAX_TEXT:
+        return {}
+    data = verified(record, "json")
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def metadata(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a record carries along: its metadata, or of JSON by others all but its text; nested values are left out."""
+    found = facts.get("metadata")
+    found = found if isinstance(found, dict) else {name: facts[name] for name in facts if name not in TEXTS}
+    return {name: value for name, value in found.items() if isinstance(value, str | int | float)}
+
+
+def texts_of(record: IndexedRecord, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(role, text) of each turn; a caption, instruction or prompt is one without a role."""
+    turns = facts.get("turns")
+    if isinstance(turns, list):
+        return [(str(turn[0]), str(turn[1])) for turn in turns if isinstance(turn, list) and len(turn) == 2]
+    for name, member in record.members.items():
+        if extension(record, name) in TEXTS and member.size <= MAX_TEXT:
+            return [("", verified(record, name).decode("utf-8", "replace").strip())]
+    names = ("caption", "instruction", "prompt", *TEXTS)
+    return [("", str(facts[name])) for name in names if facts.get(name)][:1]
+
+
+def extension(record: IndexedRecord, name: str) -> str:
+    """A member's extension in lower case, without a dot."""
+    return record.members[name].extension.lower().lstrip(".")
 
 
 def verified(record: IndexedRecord, name: str) -> bytes:
-    """The bytes of a member, which must be those that were written."""
-    data = read_member(record, name)
-    if hashlib.sha256(data).hexdigest() != record.members[name].sha256:
+    """The bytes of a member, which must be those that were written, where the index has their hash."""
+    data, member = read_member(record, name), record.members[name]
+    if member.hashed and hashlib.sha256(data).hexdigest() != member.sha256:
         raise InputError(f"{record.shard}: {name} of {record.key} differs from its index; build the shards again")
     return data
 
 
-def thumbnail(data: bytes) -> str:
-    """A picture as a data URL of at most 160 pixels a side, upright as training sees it."""
-    with Image.open(io.BytesIO(data), formats=READABLE) as picture:
-        picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a large JPEG is decoded at a fraction of its size
-        small = ImageOps.exif_transpose(picture).convert("RGBA")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        small.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def picture(record: IndexedRecord, name: str) -> Picture:
+    """A picture as a small data URL, upright and on white as training sees it; or why it cannot be shown."""
+    found = LIMITS.check(EncodedImage(verified(record, name), extension(record, name)))
+    if isinstance(found, tuple):  # in tars by others, whose pictures nobody looked at before
+        return Picture(name, "", 0, 0, ": ".join(found))
+    small = Image.fromarray(pixels(found))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", lossless=max(small.size) <= TINY, quality=85)
+    url = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Picture(name, url, *upright_size(found.data))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
 from data_pipeline.errors import InputError
-from data_pipeline.executors.local import build
+from data_pipeline.executors.build import Executor, build
+from data_pipeline.executors.local import Local
+from data_pipeline.index import with_scores
+from data_pipeline.select import Selection
 
-ALLOWED = "data_pipeline."  # a recipe names our classes only: an import of anything else could run anything
+ALLOWED = ("data_pipeline.", "lightning_modules.pipelines.")  # our classes only: any other import could run anything
+FIELDS = ("source", "steps", "records_per_shard", "max_rejected")
 
 
 @dataclass
@@ -25,50 +29,77 @@ class Recipe:
     source: Any
     steps: list[Any] = field(default_factory=list)
     records_per_shard: int = 4096
+    max_rejected: float = 1.0
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the output depends on, as plain data."""
-        parts = [self.source, *self.steps]
-        described = [{"class": f"{type(part).__module__}.{type(part).__qualname__}", **asdict(part)} for part in parts]
-        return {"source": described[0], "steps": described[1:], "records_per_shard": self.records_per_shard}
+        steps = [described(step) for step in self.steps]
+        return {"source": described(self.source), "steps": steps, "records_per_shard": self.records_per_shard}
 
     @property
     def fingerprint(self) -> str:
         """A short hash of the settings."""
         return hashlib.sha256(repr(sorted(self.settings.items())).encode()).hexdigest()[:12]
 
-    def build(self, output: Path) -> dict[str, Any]:
+    def build(self, output: Path, executor: Executor = Local()) -> dict[str, Any]:  # noqa: B008
         """Runs the recipe and returns the manifest."""
-        return build(self.source, self.steps, output, self.records_per_shard, self.settings)
+        with_scores([column for step in self.steps if hasattr(step, "columns") for column in step.columns()])
+        size, settings = self.records_per_shard, self.settings
+        return build(self.source, self.steps, output, size, settings, executor, self.max_rejected)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a file of configs/data."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no recipe {path}; the recipes are in configs/data")
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def load_selection(path: Path | None, overrides: Sequence[str] = ()) -> Selection:
+    """Reads rules; `overrides` are dotted ("--rules.where", "[words >= 3]")."""
+    rules = read_yaml(path) if path else {}
+    return configured({"class_path": "data_pipeline.select.Selection", "init_args": rules}, "rules", overrides)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe; `overrides` are dotted options of the source ("--source.path", "pictures")."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no recipe {path}; the recipes are in configs/data")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    fields = {"source", "steps", "records_per_shard"}
-    if not isinstance(content, dict) or set(content) - fields or "source" not in content:
+    content = read_yaml(path)
+    if not isinstance(content, dict) or set(content) - set(FIELDS) or "source" not in content:
         got = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"recipe {path}: expected the fields source, steps and records_per_shard, got {got}")
+        raise InputError(f"recipe {path}: expected the fields {', '.join(FIELDS)}, got {got}")
     source = configured(content["source"], "source", overrides)
-    if not isinstance(source, Iterable):
+    if not hasattr(source, "units"):
         raise InputError(f"recipe {path}: {content['source']['class_path']} is no source; see data_pipeline.sources")
     listed = content.get("steps") or []
     if not isinstance(listed, list):
         raise InputError(f"recipe {path}: steps is {listed!r}; expected a list, each with a class_path")
     steps = [configured(step, f"steps.{i}") for i, step in enumerate(listed)]
     for spec, step in zip(listed, steps, strict=True):
-        if not callable(step):
+        if not (callable(step) or hasattr(step, "score") or hasattr(step, "rewrite")):
             raise InputError(f"recipe {path}: {spec['class_path']} is no step; see data_pipeline.steps")
     size = content.get("records_per_shard", 4096)
     if type(size) is not int or size < 1:
         raise InputError(f"recipe {path}: records_per_shard is {size!r}; expected a whole number of at least 1")
-    return Recipe(source, steps, size)
+    budget = content.get("max_rejected", 1.0)
+    if type(budget) not in (int, float) or not 0 <= budget <= 1:
+        raise InputError(f"recipe {path}: max_rejected is {budget!r}; expected a share from 0 to 1")
+    return Recipe(source, steps, size, float(budget))
+
+
+def described(part: Any) -> Any:
+    """Class and settings of a source, a step or a model in it as plain data; of a model also which weights it holds.
+
+    Fields that equality leaves out (an endpoint's address) decide nothing of the output.
+    """
+    if not is_dataclass(part):
+        return part
+    name = f"{type(part).__module__}.{type(part).__qualname__}"
+    weights = {"fingerprint": part.fingerprint} if hasattr(part, "fingerprint") else {}
+    return {"class": name, **{f.name: described(getattr(part, f.name)) for f in fields(part) if f.compare}, **weights}
 
 
 def configured(spec: Any, name: str, overrides: Sequence[str] = ()) -> Any:
@@ -80,6 +111,7 @@ def configured(spec: Any, name: str, overrides: Sequence[str] = ()) -> Any:
         raise InputError(f"{name}: expected the fields class_path and init_args, got also {unknown}")
     class_path = spec["class_path"]
     cls = allowed_class(class_path, name)
+    check_nested(cls, spec.get("init_args"), name)
     parser = ArgumentParser(exit_on_error=False, prog="data_pipeline build")
     parser.add_class_arguments(cls, name.replace(".", "_"))
     try:
@@ -92,11 +124,23 @@ def configured(spec: Any, name: str, overrides: Sequence[str] = ()) -> Any:
         raise InputError(f"{name} ({class_path}): {' '.join(str(error).split())}") from error
 
 
+def check_nested(cls: type, settings: Any, name: str) -> None:
+    """Checks the class paths of models inside settings, before anything imports them."""
+    hints = get_type_hints(cls)
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if not getattr(hints.get(key), "_is_protocol", False):
+            continue
+        if not isinstance(value, dict) or not isinstance(value.get("class_path"), str):
+            raise InputError(f"{name}.{key} is a model; expected class_path and init_args, got {value!r}")
+        inner = allowed_class(value["class_path"], f"{name}.{key}")
+        check_nested(inner, value.get("init_args"), f"{name}.{key}")
+
+
 def allowed_class(class_path: str, name: str) -> type:
     """A dataclass of this package by its path; the prefix is checked before anything is imported."""
     module, _, attribute = class_path.rpartition(".")
     if not class_path.startswith(ALLOWED):
-        raise InputError(f"{name}.class_path is {class_path}; it must start with {ALLOWED}")
+        raise InputError(f"{name}.class_path is {class_path}; it must start with {' or '.join(ALLOWED)}")
     try:
         cls = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -80,7 +80,130 @@ class EditRecord:
         return {**{f"source{i}": image for i, image in enumerate(self.sources)}, "target": self.target}
 
 
-Record = TextImageRecord | EditRecord
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt to sample from, with the pictures to edit where it is an instruction (none for text-to-image).
+
+    >>> PromptRecord("p-1", "a red circle", metadata={"tag": "colors"}).images
+    {}
+    """
+
+    key: str
+    prompt: str
+    sources: tuple[EncodedImage, ...] = ()
+    origin: str = ""
+    licence: str = ""
+    split: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    kind = "prompt"
+
+    @property
+    def images(self) -> dict[str, EncodedImage]:
+        """Pictures by member name: source0, source1, ..."""
+        return {f"source{i}": image for i, image in enumerate(self.sources)}
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """Two pictures made from one prompt (and its sources), the better and the worse.
+
+    >>> good, bad = EncodedImage(b"...", "png"), EncodedImage(b"...", "png")
+    >>> sorted(PreferenceRecord("p-2", "a cat", good, bad).images)
+    ['chosen', 'rejected']
+    """
+
+    key: str
+    prompt: str
+    chosen: EncodedImage
+    rejected: EncodedImage
+    sources: tuple[EncodedImage, ...] = ()
+    origin: str = ""
+    licence: str = ""
+    split: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    kind = "preference"
+
+    @property
+    def images(self) -> dict[str, EncodedImage]:
+        """Pictures by member name: source0, ..., chosen, rejected."""
+        sources = {f"source{i}": image for i, image in enumerate(self.sources)}
+        return {**sources, "chosen": self.chosen, "rejected": self.rejected}
+
+
+@dataclass(frozen=True)
+class ReasoningRecord:
+    """A conversation about pictures: turns of (role, text), roles "system", "user" and "assistant".
+
+    A picture stands where a text has `<image>`, in order. `metadata` may hold "answer", what a verifier compares with.
+
+    >>> turns = (("user", "<image>How many cats?"), ("assistant", "Two."))
+    >>> ReasoningRecord("r-1", (EncodedImage(b"...", "png"),), turns).prompt
+    '<image>How many cats?'
+    """
+
+    key: str
+    pictures: tuple[EncodedImage, ...]
+    turns: tuple[tuple[str, str], ...]
+    origin: str = ""
+    licence: str = ""
+    split: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    kind = "reasoning"
+
+    @property
+    def prompt(self) -> str:
+        """The user's first text."""
+        return next((text for role, text in self.turns if role == "user"), "")
+
+    @property
+    def images(self) -> dict[str, EncodedImage]:
+        """Pictures by member name: image, image1, image2, ..."""
+        return {f"image{i or ''}": image for i, image in enumerate(self.pictures)}
+
+
+Record = TextImageRecord | EditRecord | PromptRecord | PreferenceRecord | ReasoningRecord
+
+
+def facts(record: Record) -> dict[str, Any]:
+    """Everything but the key and the pictures, as plain data: what a record's JSON member holds."""
+    common = {
+        "kind": record.kind,
+        "origin": record.origin,
+        "licence": record.licence,
+        "split": record.split,
+        "metadata": dict(record.metadata),
+    }
+    match record:
+        case TextImageRecord():
+            return {**common, "caption": record.caption}
+        case EditRecord():
+            return {**common, "instruction": record.instruction}
+        case ReasoningRecord():
+            return {**common, "turns": [list(turn) for turn in record.turns]}
+    return {**common, "prompt": record.prompt}
+
+
+def record_from(key: str, found: Mapping[str, Any], images: Mapping[str, EncodedImage]) -> Record:
+    """The inverse of `facts`. A missing field or picture is a KeyError that names it, an unknown kind a ValueError."""
+    names = ("origin", "licence", "split", "metadata")
+    common: dict[str, Any] = {name: found[name] for name in names if name in found}
+    sources = tuple(images[f"source{i}"] for i in range(sum(name.startswith("source") for name in images)))
+    match found["kind"]:
+        case "text_image":
+            return TextImageRecord(key, images["image"], found["caption"], **common)
+        case "edit":
+            return EditRecord(key, sources, images["target"], found["instruction"], **common)
+        case "prompt":
+            return PromptRecord(key, found["prompt"], sources, **common)
+        case "preference":
+            return PreferenceRecord(key, found["prompt"], images["chosen"], images["rejected"], sources, **common)
+        case "reasoning":
+            pictures = tuple(images[f"image{i or ''}"] for i in range(len(images)))
+            return ReasoningRecord(key, pictures, tuple((role, text) for role, text in found["turns"]), **common)
+    raise ValueError(f"record {key} is of the unknown kind {found['kind']!r}")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -16,12 +16,14 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import SCHEMA, sample_id, sidecar
-from data_pipeline.records import KEY_PATTERN, Record
+from data_pipeline.index import sample_id, sidecar, with_scores
+from data_pipeline.records import KEY_PATTERN, Record, facts
 
 MANIFEST = "manifest.json"
 READABLE = ["PNG", "JPEG", "WEBP"]
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+Scored = tuple[Record, Mapping[str, Any]]  # a record and its scores by column
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -60,113 +62,82 @@ def upright_size(data: bytes) -> tuple[int, int]:
     return (height, width) if orientation in SIDEWAYS else (width, height)
 
 
-def describe(record: Record) -> bytes:
-    """The record's JSON member: everything but the pictures, with sorted keys."""
-    facts: dict[str, Any] = {
-        "kind": record.kind,
-        "caption" if record.kind == "text_image" else "instruction": record.prompt,
-        "origin": record.origin,
-        "licence": record.licence,
-        "split": record.split,
-        "metadata": dict(record.metadata),
-    }
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+def describe(record: Record, hashes: Mapping[str, bytes]) -> bytes:
+    """The record's JSON member: everything but the pictures, and their sha256 by the rest of their members' names, so
+    that a sample alone, without any index, shows whether it is whole."""
+    pictures = {f"{name}.{record.images[name].extension}": digest.hex() for name, digest in hashes.items()}
+    content = {**facts(record), "sha256": pictures}
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-class ShardWriter:
-    """Writes records into OUT/shard-000000.tar, ...; a shard appears, with its index, when it is complete.
+def write_shard(path: Path, records: Iterable[Scored], columns: Sequence[pa.Field] = ()) -> dict[str, Any] | None:
+    """Writes one tar and its sidecar index; returns its name, sha256, bytes and records, or None if nothing came.
 
-    Records go to a temporary file at once, so memory holds one record and the index of one shard. The bytes depend on
-    the records alone. Members: KEY.image.EXT, or KEY.source0.EXT ... and KEY.target.EXT; KEY.json.
+    Records go to a temporary file at once, so memory holds one record and the index. The bytes depend on the records
+    and scores alone. Members: KEY.image.EXT, or KEY.source0.EXT ... and KEY.target.EXT; KEY.json comes last, so that
+    a record whose JSON is there is whole.
+
+    Args:
+        path: the tar to write, by way of a file beside it.
+        records: records with unique keys, and a value for each score column.
+        columns: the score columns, with their scorer's id and revision as field metadata.
     """
-
-    def __init__(self, folder: Path, records_per_shard: int = 4096) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.records_per_shard = records_per_shard
-        self.shards: list[dict[str, Any]] = []
-        self._keys: set[str] = set()
-        self._file: io.BufferedRandom | None = None
-
-    def _begin(self) -> io.BufferedRandom:
-        self._path = self.folder / f"shard-{len(self.shards):06d}.tar"
-        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        file = open(self._temporary, "w+b")  # noqa: SIM115 - closed by _commit or _discard
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self._rows: list[dict[str, Any]] = []
-        self._count = 0
-        return file
-
-    def write(self, record: Record) -> None:
-        """Adds a record; its key must be new in this folder."""
-        if not KEY_PATTERN.fullmatch(record.key) or record.key in self._keys:
-            raise ValueError(f"record key {record.key!r} must match [0-9a-z_-]+ and be unique in {self.folder}")
-        sizes = [upright_size(image.data) for image in record.images.values()]
-        self._keys.add(record.key)
-        self._file = self._file or self._begin()
-        for (name, image), (width, height) in zip(record.images.items(), sizes, strict=True):
-            self._add(record, name, image.extension, image.data, width, height)
-        self._add(record, "json", "json", describe(record), 0, 0)
-        self._count += 1
-        if self._count == self.records_per_shard:
-            self._commit()
-
-    def _add(self, record: Record, name: str, extension: str, data: bytes, width: int, height: int) -> None:
-        suffix = extension if name == "json" else f"{name}.{extension}"
-        entry = tarfile.TarInfo(f"{record.key}.{suffix}")
-        entry.size, entry.mode, entry.mtime = len(data), 0o644, 0
-        offset = self._tar.offset + tarfile.BLOCKSIZE  # a USTAR header is one block
-        self._tar.addfile(entry, io.BytesIO(data))
-        self._rows.append(
-            {
-                "key": record.key,
-                "sample_id": sample_id(record.key),
-                "kind": record.kind,
-                "split": record.split,
-                "field": name,
-                "extension": extension,
-                "offset": offset,
-                "size": len(data),
-                "width": width,
-                "height": height,
-                "sha256": hashlib.sha256(data).hexdigest(),
-            }
-        )
-
-    def _commit(self) -> None:
-        assert self._file is not None
-        self._tar.close()
-        with self._file as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rows: list[dict[str, Any]] = []
+    keys: set[str] = set()
+    try:
+        with open(temporary, "w+b") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for record, scores in records:
+                    if not KEY_PATTERN.fullmatch(record.key) or record.key in keys:
+                        raise ValueError(f"record key {record.key!r} must match [0-9a-z_-]+ and be unique in {path}")
+                    keys.add(record.key)
+                    rows += add_record(tar, record, scores)
+            if not rows:
+                return None
             file.flush()
             os.fsync(file.fileno())
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         table = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), table)
-        atomic_write(sidecar(self._path), table.getvalue())  # before the tar: a tar that is there always has its index
-        os.replace(self._temporary, self._path)
-        self.shards.append({"name": self._path.name, "sha256": digest, "bytes": size, "records": self._count})
-        self._file = None
+        pq.write_table(pa.Table.from_pylist(rows, schema=with_scores(columns)), table, compression="zstd")
+        atomic_write(sidecar(path), table.getvalue())  # before the tar: a tar that is there always has its index
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"name": path.name, "sha256": digest, "bytes": size, "records": len(keys)}
 
-    def close(self) -> None:
-        """Writes the last, shorter shard."""
-        if self._file is not None:
-            self._commit()
 
-    def _discard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
-            self._file = None
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._discard()
+def add_record(tar: tarfile.TarFile, record: Record, scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Adds a record's members to the tar and yields their rows of the index."""
+    pictures = {name: (image.extension, image.data, upright_size(image.data)) for name, image in record.images.items()}
+    hashes = {name: hashlib.sha256(image.data).digest() for name, image in record.images.items()}
+    members = {**pictures, "json": ("json", describe(record, hashes), (0, 0))}
+    common = {
+        "key": record.key,
+        "sample_id": sample_id(record.key),
+        "kind": record.kind,
+        "split": record.split,
+        "origin": record.origin,
+        "licence": record.licence,
+        "text_length": len(record.prompt),
+        "text_sha256": hashlib.sha256(record.prompt.encode()).digest(),
+        "pictures_sha256": hashlib.sha256(b"".join(hashes.values())).digest() if hashes else None,
+        **scores,
+    }
+    for name, (extension, data, (width, height)) in members.items():
+        entry = tarfile.TarInfo(f"{record.key}.{extension if name == 'json' else f'{name}.{extension}'}")
+        entry.size, entry.mode, entry.mtime = len(data), 0o644, 0
+        offset = tar.offset + tarfile.BLOCKSIZE  # a USTAR header is one block
+        tar.addfile(entry, io.BytesIO(data))
+        yield {
+            **common,
+            "field": name,
+            "extension": extension,
+            "offset": offset,
+            "size": len(data),
+            "width": width,
+            "height": height,
+            "sha256": hashes.get(name) or hashlib.sha256(data).digest(),
+        }

@@ -107,13 +107,17 @@ class KontextModule(L.LightningModule):
             compile_blocks(self.transformer)
 
     def on_fit_start(self) -> None:
-        """Embeds the captions ahead, as many as fit in memory, and compiles, so that the first steps need not."""
+        """Embeds the captions ahead where the data can name them, as many as fit in memory: steps look them up."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         assert self._prompts is not None and self._pipeline is not None
         self._pipeline.to(self.device)
         if hasattr(data, "prompts"):
             logger.info("embedding the captions, once")
             self._prompts.fill(data.prompts())
+
+    def on_train_start(self) -> None:
+        """Compiles for the shapes of each task, so that the first steps need not."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.compile_blocks and hasattr(data, "first_batches"):
             for batch in data.first_batches():
                 logger.info("compiling the blocks for %s", batch.task)
@@ -202,7 +206,7 @@ class KontextModule(L.LightningModule):
 
     def reference_dropped(self, batch: ImageBatch) -> bool:
         """Whether this batch trains without its references: one draw for the batch keeps its shapes equal."""
-        if not self.dropout.reference:
+        if not self.training or not self.dropout.reference:
             return False
         return bool(self.draw(torch.rand, (), "reference dropout", batch)[0] < self.dropout.reference)
 
@@ -216,9 +220,10 @@ class KontextModule(L.LightningModule):
 
     @torch.no_grad()
     def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
-        """Text embeddings, with captions dropped to "" by chance; a prompt that was seen before is looked up."""
+        """Text embeddings, in training with captions dropped to "" by chance; a prompt seen before is looked up."""
         assert self._prompts is not None
-        dropped = self.draw(torch.rand, (), "caption dropout", batch) < self.dropout.caption.get(batch.task, 0.0)
+        probability = self.dropout.caption.get(batch.task, 0.0) if self.training else 0.0
+        dropped = self.draw(torch.rand, (), "caption dropout", batch) < probability
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         return self._prompts(prompts)
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+from data_pipeline import scenes
 from data_pipeline.scenes import random_caption
 from data_pipeline.scenes.edits import random_edit
 from data_pipeline.scenes.renderer import render
 from data_pipeline.scenes.world import LEVELS, random_scene
-from lightning_modules.networks import KontextTransformer
+from data_pipeline.shards import atomic_write
+from lightning_modules.networks import KontextTransformer, tokenizers
 from lightning_modules.networks.tokenizers import clip_tokenizer, phrase_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class Recipe:
     seed: int = 0
     vae_channels: tuple[int, ...] = (16, 32, 32)  # a factor of 4
     latent_channels: int = 2
-    vae_steps: int = 1500
+    vae_steps: int = 1600
     vae_batch: int = 8
     vae_lr: float = 3e-3
     clip_width: int = 32
@@ -57,8 +60,11 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """The folder's name: another one for other settings, and for other code that builds its parts."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
+        for file in (Path(__file__), Path(tokenizers.__file__), *sorted(Path(scenes.__file__).parent.glob("*.py"))):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:12]
 
 
 def checkpoint_folder(pretrained: str, root: Path = Path("pocket"), recipe: Recipe = Recipe()) -> Path:
@@ -75,7 +81,7 @@ def checkpoint_folder(pretrained: str, root: Path = Path("pocket"), recipe: Reci
                 logger.info("pocket %s built in %.0f s", part, time.perf_counter() - started)
         index = folder / "model_index.json"
         if not index.exists():
-            index.write_text(json.dumps(MODEL_INDEX, indent=2))
+            atomic_write(index, json.dumps(MODEL_INDEX, indent=2).encode())
     return folder
 
 
@@ -85,7 +91,7 @@ def publish(folder: Path, part: str, recipe: Recipe, build: Callable[[Path, Reci
     temporary = Path(tempfile.mkdtemp(prefix=f".{part}.", dir=folder))
     try:
         with torch.random.fork_rng(devices=[]):  # building must not move the run's own random state
-            torch.manual_seed(recipe.seed)
+            torch.manual_seed(zlib.crc32(f"{recipe.seed}/{part}".encode()))  # two alike would be one feature twice
             build(temporary / part, recipe)
         (temporary / part).rename(folder / part)
     finally:
@@ -155,12 +161,12 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, recipe: Recipe) -> None:
             optimizer.step()
 
 
-def training_pictures(recipe: Recipe, scenes: int = 3500, textures: int = 1000) -> Tensor:
+def training_pictures(recipe: Recipe, count: int = 3500, textures: int = 1000) -> Tensor:
     """Training scenes, cropped to the smallest level's size, and textures: (N, 3, 64, 64) in [-1, 1]."""
     rng, draws, side = random.Random(recipe.seed), np.random.default_rng(recipe.seed), LEVELS[1].resolution
     pictures: list[np.ndarray] = []
-    while len(pictures) < scenes:
-        level = 1 if rng.random() < 0.2 else 2  # small objects on grey are what is hardest to keep
+    while len(pictures) < count:
+        level = 1 if rng.random() < 0.35 else 2  # small objects on grey are what is hardest to keep
         scene = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
         if scene.split == "train":
             picture = render(scene)

@@ -1,135 +1,88 @@
-"""Runs a source and its steps in this process, once, and writes the shards."""
+"""Tasks in this process, or in several of this machine."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import sidecar
-from data_pipeline.records import Record, Rejected
-from data_pipeline.shards import MANIFEST, ShardWriter, atomic_write, read_manifest
+from data_pipeline.executors.task import Step, Task, run_task
+from data_pipeline.sources.protocol import Source
 
-Step = Callable[[Record], Record | Rejected]
-EXAMPLES = 5  # rejections of a reason that the manifest quotes
-VERSION = 1
+MAX_DEATHS = 3  # of workers, without a task finished in between
+
+_work: tuple[Source, Sequence[Step], Path] | None = None  # what a worker process was started for
 
 
 @dataclass
-class Survival:
-    """How many records came in and went out, by kind and split, and why the others did not."""
+class Local:
+    """Runs tasks in `workers` processes; with one, in this process."""
 
-    seen: int = 0
-    kept: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    workers: int = 1
 
-    def keep(self, record: Record) -> None:
-        """Counts a record that was written."""
-        self.kept[f"{record.kind}/{record.split or 'unsplit'}"] += 1
+    def run(
+        self, tasks: Sequence[Task], source: Source, steps: Sequence[Step], output: Path
+    ) -> Iterator[dict[str, Any]]:
+        """The tasks' reports, as they finish. A worker that dies is replaced and its tasks are done again."""
+        if min(self.workers, len(tasks)) <= 1:
+            yield from (run_task(task, source, steps, output) for task in tasks)
+            return
+        left, deaths = {task.number: task for task in tasks}, 0
+        while left:
+            try:
+                for task, report in self._pool(list(left.values()), source, steps, output):
+                    del left[task.number]
+                    deaths = 0
+                    yield report
+            except BrokenProcessPool as error:
+                deaths += 1
+                if deaths == MAX_DEATHS:
+                    names = ", ".join(task.unit.name for task in list(left.values())[: self.workers])
+                    raise InputError(
+                        f"worker processes were killed {deaths} times without finishing a task, at one of: {names}. If "
+                        "memory ran out, use fewer --workers; what is finished is kept, run the same command again"
+                    ) from error
 
-    def reject(self, rejected: Rejected) -> None:
-        """Counts a rejection and keeps its first examples."""
-        self.rejected[rejected.reason] += 1
-        examples = self.examples.setdefault(rejected.reason, [])
-        if len(examples) < EXAMPLES:
-            examples.append(f"{rejected.key}: {rejected.detail}")
+    def _pool(
+        self, tasks: Sequence[Task], source: Source, steps: Sequence[Step], output: Path
+    ) -> Iterator[tuple[Task, dict[str, Any]]]:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit the threads' locks of this process
+        running: dict[Future[dict[str, Any]], Task] = {}
+        with ProcessPoolExecutor(self.workers, context, start_worker, (source, steps, output)) as pool:
+            try:
+                for task in tasks:
+                    running[pool.submit(work, task)] = task
+                    if len(running) >= 2 * self.workers:  # a stopped build leaves little behind
+                        yield from self._finished(running)
+                while running:
+                    yield from self._finished(running)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
-
-def survivors(source: Iterable[Record | Rejected], steps: Sequence[Step], survival: Survival) -> Iterable[Record]:
-    """Records that come through every step, each key once."""
-    keys: set[str] = set()
-    for item in source:
-        survival.seen += 1
-        for step in steps:
-            if isinstance(item, Rejected):
-                break
-            item = step(item)
-        if not isinstance(item, Rejected) and item.key in keys:
-            item = Rejected(item.key, "duplicate_record", "an equal record came before")
-        if isinstance(item, Rejected):
-            survival.reject(item)
-            continue
-        keys.add(item.key)
-        survival.keep(item)
-        yield item
-
-
-def build(
-    source: Iterable[Record | Rejected],
-    steps: Sequence[Step],
-    output: Path,
-    records_per_shard: int,
-    recipe: dict[str, Any],
-) -> dict[str, Any]:
-    """Builds the shards of `output` and returns its manifest.
-
-    All or nothing: shards are made in a folder beside `output`, which is renamed when complete. A finished build of the
-    same recipe is left as it is; any other content is never overwritten (InputError).
-    """
-    output = Path(output)
-    done = finished(output, recipe)
-    if done is not None:
-        return {**done, "reused": True}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    survival = Survival()
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=output.parent) as partial:
-        with ShardWriter(Path(partial) / "shards", records_per_shard) as writer:
-            for record in survivors(source, steps, survival):
-                writer.write(record)
-        manifest = {
-            "version": VERSION,
-            "recipe": recipe,
-            "seen": survival.seen,
-            "kept": dict(sorted(survival.kept.items())),
-            "rejected": dict(sorted(survival.rejected.items())),
-            "examples": dict(sorted(survival.examples.items())),
-            "shards": writer.shards,
-        }
-        if not writer.shards:
-            raise InputError(f"no record survived, nothing was written to {output}. {summary(manifest)}")
-        data = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False).encode()
-        atomic_write(Path(partial) / "shards" / MANIFEST, data)
-        if output.exists():
-            output.rmdir()  # empty, as `finished` saw; fails rather than lose what came since
-        (Path(partial) / "shards").rename(output)
-    return manifest
+    @staticmethod
+    def _finished(running: dict[Future[dict[str, Any]], Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
 
 
-def finished(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished build of this very recipe; None where there is nothing yet."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    manifest = output / MANIFEST
-    if not output.is_dir() or not manifest.is_file():
-        raise InputError(f"--output {output} holds something that is no build; choose a new folder")
-    found = read_manifest(output)
-    if found["recipe"] != json.loads(json.dumps(recipe)):  # a tuple comes back from JSON as a list
-        raise InputError(f"--output {output} holds the build of another recipe; choose a new folder, or remove it")
-    for shard in found["shards"]:
-        path = output / shard["name"]
-        size = path.stat().st_size if path.is_file() and sidecar(path).is_file() else None
-        if size != shard["bytes"]:
-            state = "or its index is missing" if size is None else f"has {size} bytes, expected {shard['bytes']}"
-            raise InputError(f"--output {output} holds a damaged build: {path.name} {state}; choose a new folder")
-    return found
+def start_worker(source: Source, steps: Sequence[Step], output: Path) -> None:
+    """Remembers the work, and ends this process when the one that started it is gone."""
+    global _work
+    _work = (source, steps, output)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def leftovers(output: Path) -> list[Path]:
-    """Unfinished folders beside `output`: of builds that were killed, or that run now."""
-    return sorted(Path(output).parent.glob(f".{Path(output).name}.*.partial"))
-
-
-def summary(manifest: dict[str, Any]) -> str:
-    """The survival report in words: how many came in, went out, and why the others did not."""
-    kept = ", ".join(f"{count} {name}" for name, count in manifest["kept"].items()) or "none"
-    lines = [f"records seen {manifest['seen']}, kept {kept}"]
-    for reason, count in manifest["rejected"].items():
-        lines.append(f"  rejected {count}: {reason}")
-        lines += [f"    {example}" for example in manifest["examples"][reason]]
-    return "\n".join(lines)
+def work(task: Task) -> dict[str, Any]:
+    """One task in a worker."""
+    assert _work is not None
+    return run_task(task, *_work)

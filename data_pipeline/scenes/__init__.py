@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator
 
 from PIL import Image
 
-from data_pipeline.records import EditRecord, EncodedImage, Record, TextImageRecord
+from data_pipeline.records import EditRecord, EncodedImage, TextImageRecord
 from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, describe, draw_scene
 from data_pipeline.scenes.edits import Edit, random_edit
 from data_pipeline.scenes.renderer import render
-from data_pipeline.scenes.world import LEVELS, Scene
-
-VAL_SHARE = 1 / 16
+from data_pipeline.scenes.world import Scene
 
 
 def encode_png(scene: Scene) -> EncodedImage:
@@ -34,22 +31,19 @@ def random_caption(rng: random.Random, level: int, split: str) -> tuple[Scene, C
             return scene, describe(rng, scene, task)
 
 
-def records(level: int, count_text_image: int, count_edit: int, seed: int) -> Iterator[Record]:
-    """Text-image records, then edit records; a sixteenth of each, at its end, shows held-out scenes (split "val")."""
-    if level not in LEVELS:
-        raise ValueError(f"there is no level {level} of scenes; choose one of {sorted(LEVELS)}")
-    rng = random.Random(f"scenes/{level}/{seed}")
-    for i in range(count_text_image):
-        split = "val" if i >= count_text_image * (1 - VAL_SHARE) else "train"
-        scene, caption = random_caption(rng, level, split)
-        facts = {"scene": scene.canonical, "task": caption.task}
-        yield TextImageRecord(f"caption-{i:07d}", encode_png(scene), caption.text, "scenes", "CC0-1.0", split, facts)
-    for i in range(count_edit):
-        split = "val" if i >= count_edit * (1 - VAL_SHARE) else "train"
-        edit = random_edit(rng, level, split)
-        facts = {"scene": edit.target.canonical, "source": edit.source.canonical, "task": edit.kind}
-        images = (encode_png(edit.source),), encode_png(edit.target)
-        yield EditRecord(f"edit-{i:07d}", *images, edit.instruction, "scenes", "CC0-1.0", split, facts)
+def text_image_record(level: int, seed: int, number: int, split: str) -> TextImageRecord:
+    """A captioned scene of `split`, a function of its arguments alone."""
+    scene, caption = random_caption(random.Random(f"caption/{level}/{seed}/{number}"), level, split)
+    facts = {"scene": scene.canonical, "task": caption.task}
+    return TextImageRecord(f"caption-{number:07d}", encode_png(scene), caption.text, "scenes", "CC0-1.0", split, facts)
+
+
+def edit_record(level: int, seed: int, number: int, split: str) -> EditRecord:
+    """An edit between scenes of `split`, a function of its arguments alone."""
+    edit = random_edit(random.Random(f"edit/{level}/{seed}/{number}"), level, split)
+    facts = {"scene": edit.target.canonical, "source": edit.source.canonical, "task": edit.kind}
+    images = (encode_png(edit.source),), encode_png(edit.target)
+    return EditRecord(f"edit-{number:07d}", *images, edit.instruction, "scenes", "CC0-1.0", split, facts)
 
 
 def benchmark(level: int, count: int, seed: int) -> tuple[list[Caption], list[Edit]]:

@@ -1,7 +1,9 @@
-"""Sources: where records come from. A source is iterable and yields Record | Rejected."""
+"""Sources: where records come from, in units that can be read alone."""
 
 from data_pipeline.sources.folder import Folder
-from data_pipeline.sources.manifest import Manifest
+from data_pipeline.sources.manifest import Chat, Manifest
 from data_pipeline.sources.scenes import Scenes
+from data_pipeline.sources.urls import UrlList
+from data_pipeline.sources.webdataset import WebDataset
 
-__all__ = ["Folder", "Manifest", "Scenes"]
+__all__ = ["Chat", "Folder", "Manifest", "Scenes", "UrlList", "WebDataset"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import InputError
 from data_pipeline.records import EncodedImage, Record, Rejected, TextImageRecord, slug
+from data_pipeline.sources.protocol import Unit, digest
 
 EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 MAX_BYTES = 1 << 28  # of a file: no picture of an allowed size needs more, and a larger one would fill the memory
@@ -25,7 +27,7 @@ def existing_path(path: str, expected: str) -> Path:
 
 def file_key(relative: str) -> str:
     """A readable key, unique by a hash of the whole relative path."""
-    digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    digest = hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return f"{slug(Path(relative).stem)[:40]}-{digest}".lstrip("-")
 
 
@@ -53,25 +55,39 @@ class Folder:
     origin: str = ""
     licence: str = ""
 
-    def __iter__(self) -> Iterator[Record | Rejected]:
+    def units(self, records: int) -> Iterator[Unit]:
+        """Ranges of the sorted files; a unit's content is their names and sizes."""
         root = existing_path(self.path, "a folder of pictures with captions in .txt files beside them")
         if not root.is_dir():
             raise InputError(f"source.path {root} is a file; expected a folder of pictures with .txt files beside them")
         files = sorted(f for f in root.rglob("*") if f.is_file())
-        images = [f for f in files if f.suffix.lower() in EXTENSIONS]
-        captions = [f for f in files if f.suffix.lower() == ".txt"]
-        if not images and not captions:
+        pictures = {f.with_suffix("") for f in files if f.suffix.lower() in EXTENSIONS}
+        listed = [
+            f
+            for f in files
+            if f.suffix.lower() in EXTENSIONS or (f.suffix.lower() == ".txt" and f.with_suffix("") not in pictures)
+        ]
+        if not listed:
             raise InputError(
                 f"source.path {root} holds no pictures; expected {', '.join(EXTENSIONS)}, each with a .txt caption"
             )
-        stems = {f.with_suffix("") for f in images}
-        for caption in captions:
-            if caption.with_suffix("") not in stems:
-                name = caption.relative_to(root).as_posix()
+        for start in range(0, len(listed), records):
+            part = listed[start : start + records]
+            names = [os.fsencode(f.relative_to(root)).decode("latin-1") for f in part]  # any bytes survive as text
+            sizes = [[f.stat().st_size, caption_size(f)] for f in part]
+            name = f"files {start + 1}-{start + len(part)} of {printable(root.name)}"
+            yield Unit(name, {"files": names}, digest(names, sizes))
+
+    def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        root = Path(self.path)
+        for encoded in unit.where["files"]:
+            path = root / os.fsdecode(encoded.encode("latin-1"))
+            if path.suffix.lower() == ".txt":
+                name = path.relative_to(root).as_posix()
                 detail = f"{printable(name)} has no picture of the same name"
                 yield Rejected(file_key(name), "caption_without_image", detail)
-        for image in images:
-            yield self._record(root, image)
+            else:
+                yield self._record(root, path)
 
     def _record(self, root: Path, image: Path) -> Record | Rejected:
         path = image.relative_to(root).as_posix()
@@ -88,3 +104,9 @@ class Folder:
         origin = self.origin or printable(root.resolve().name)
         encoded = EncodedImage(data, EXTENSIONS[image.suffix.lower()])
         return TextImageRecord(key, encoded, text, origin, self.licence, metadata={"file": name})
+
+
+def caption_size(image: Path) -> int:
+    """Bytes of the caption beside a picture, -1 where there is none."""
+    caption = image.with_suffix(".txt")
+    return caption.stat().st_size if caption.is_file() else -1

@@ -1,93 +1,146 @@
-"""A JSONL manifest of edit triplets."""
+"""A table that says which pictures belong together: JSONL, JSON, CSV or Parquet, in any of the field's layouts."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.records import EditRecord, EncodedImage, Record, Rejected, slug
-from data_pipeline.sources.folder import EXTENSIONS, existing_path, read_file
-
-MAX_LINE = 1 << 20  # bytes; a longer line is no triplet of names and an instruction
+from data_pipeline.records import EncodedImage, Record, Rejected, slug
+from data_pipeline.sources.archives import Archives, grouped
+from data_pipeline.sources.conversations import RowError
+from data_pipeline.sources.drafts import draft, sessions
+from data_pipeline.sources.folder import existing_path, printable
+from data_pipeline.sources.layouts import Columns, columns_of
+from data_pipeline.sources.lines import Row
+from data_pipeline.sources.pictures import ByName, picture_name, read_image, read_picture
+from data_pipeline.sources.protocol import Unit, digest
+from data_pipeline.sources.tables import SUFFIXES, read_rows, table_units
 
 
 @dataclass
 class Manifest:
-    """Lines of {"source": NAME or [NAME, ...], "target": NAME, "instruction": TEXT}; names relative to the manifest."""
+    """Rows of a table, each with the names of its pictures or the pictures themselves.
+
+    Args:
+        path: a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of such files; of prompts also .txt, one a line.
+        layout: the names of the columns; one of data_pipeline.sources.layouts.LAYOUTS.
+        columns: other names than the layout's, such as {"text": "my_caption", "sources": ["before", "mask"]}.
+        pictures: folder that picture names are relative to; by default the table's own. Names must stay inside.
+        archives: folder of tars, whole or in parts, that hold the pictures instead; names are paths inside them, or
+            the ends of such where they are unique.
+        spool: where gzipped archives are decompressed to plain tars, once; by default `.spool` in `archives`.
+        origin: where the records come from; by default the table's name.
+        licence: their licence.
+    """
 
     path: str = ""
+    layout: str = "edit"
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
+    pictures: str = ""
+    archives: str = ""
+    spool: str = ""
     origin: str = ""
     licence: str = ""
 
-    def __iter__(self) -> Iterator[Record | Rejected]:
-        path = existing_path(self.path, 'a .jsonl file of {"source", "target", "instruction"} lines')
-        if path.is_dir():
-            found = sorted(path.glob("*.jsonl"))
-            hint = f"; did you mean {found[0]}?" if found else ""
-            raise InputError(f"source.path {path} is a folder; expected a .jsonl file{hint}")
-        root, lines = path.parent.resolve(), 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    lines += 1
-                    yield self._record(root, path.name, number, line)
-        if not lines:
-            raise InputError(f"source.path {path} is empty; expected one JSON object a line")
+    def __post_init__(self) -> None:
+        columns_of(self.layout, self.columns)
+        if self.pictures and self.archives:
+            raise InputError("source.pictures and source.archives are both set; the pictures can be in one of them")
 
-    def _record(self, root: Path, name: str, number: int, line: bytes) -> Record | Rejected:
-        place = f"{name} line {number}"
-        key = f"line-{number}"
+    def units(self, records: int) -> Iterator[Unit]:
+        """Ranges of rows, file by file."""
+        if self.pictures and not Path(self.pictures).is_dir():
+            raise InputError(f"source.pictures {self.pictures} is no folder; picture names are relative to it")
+        if self.archives:
+            grouped(Path(self.archives))
+        return ranges(self.path, records, columns_of(self.layout, self.columns))
+
+    def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        table = table_of(self.path, unit)
+        reader = RowReader(columns_of(self.layout, self.columns), table, self.origin, self.licence)
+        root = Path(self.pictures) if self.pictures else table.parent
+        by_name = partial(read_image, root.resolve())
+        for item in read_rows(table, unit.where):
+            yield from reader.records(item, Archives(self.archives, self.spool).read if self.archives else by_name)
+
+
+@dataclass
+class Chat(Manifest):
+    """Rows of {"conversations": [{"from", "value"}], "image(s)": ...} or {"messages": [{"role", "content"}], ...}.
+
+    A picture stands where a text has `<image>`; where texts have none, all pictures come before the first user text.
+    """
+
+    layout: str = "chat"
+
+
+def ranges(path: str, records: int, columns: Columns) -> Iterator[Unit]:
+    """Ranges of rows of a table or of a folder of tables, file by file."""
+    suffixes = (*SUFFIXES, ".txt") if columns.kind == "prompt" else SUFFIXES
+    root = existing_path(path, f"a table ({', '.join(suffixes)}) or a folder of such")
+    files = sorted(f for f in root.iterdir() if f.is_file()) if root.is_dir() else [root]
+    files = [file for file in files if file.suffix.lower() in suffixes]
+    if not files:
+        raise InputError(f"source.path {root} is or holds no table; expected {', '.join(suffixes)}")
+    found = False
+    for file in files:
         try:
-            if len(line) > MAX_LINE:
-                raise ValueError(f"a line of {len(line)} bytes, at most {MAX_LINE}")
-            row = json.loads(line.decode("utf-8-sig"))
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is JSON, and is no text
-        except (ValueError, RecursionError) as error:
-            return Rejected(key, "bad_json", f"{place}: {error}")
-        if not isinstance(row, dict):
-            return Rejected(key, "bad_json", f"{place}: expected a JSON object, got {json.dumps(row)[:60]}")
-        sources = row.get("source")
-        sources = [sources] if isinstance(sources, str) else sources
-        target, instruction = row.get("target"), row.get("instruction")
-        if not (isinstance(target, str) and isinstance(instruction, str) and is_names(sources)):
-            expected = "source (text or a list of texts), target and instruction (texts)"
-            return Rejected(key, "missing_field", f"{place}: expected {expected}, got fields {sorted(row)}")
-        images = []
-        for file in (*sources, target):
-            found = read_image(root, file)
-            if isinstance(found, tuple):
-                return Rejected(key, found[0], f"{place}: {found[1]}")
-            images.append(found)
-        content = "\n".join([*sources, target, instruction])
-        key = f"{slug(Path(target).stem)[:40]}-{hashlib.sha256(content.encode()).hexdigest()[:10]}".lstrip("-")
-        facts = {"source": sources, "target": target}
-        origin = self.origin or name
-        return EditRecord(key, tuple(images[:-1]), images[-1], instruction.strip(), origin, self.licence, "", facts)
+            for unit in table_units(file, records):
+                found = True
+                yield unit
+        except OSError as error:
+            raise InputError(f"source.path {file} cannot be read: {error.strerror}; check its permissions") from error
+    if not found:
+        raise InputError(f"source.path {root} is empty; expected one row for each record")
 
 
-def is_names(value: Any) -> TypeGuard[list[str]]:
-    """Whether a field is a list of at least one text."""
-    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+def table_of(path: str, unit: Unit) -> Path:
+    """The file that a range lies in."""
+    return Path(path) / unit.where["file"] if Path(path).is_dir() else Path(path)
 
 
-def read_image(root: Path, name: str) -> EncodedImage | tuple[str, str]:
-    """A picture inside the manifest's folder, or (reason, detail) why not."""
-    shown = repr(name[:200])
-    try:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            return "path_outside_folder", f"{shown} leaves the manifest's folder"
-        if not path.is_file():
-            return "missing_file", f"{shown} is not in the manifest's folder"
-    except (OSError, ValueError, RuntimeError):  # a null byte, a name too long, a loop of links
-        return "missing_file", f"{shown} is no file name"
-    extension = EXTENSIONS.get(path.suffix.lower())
-    if extension is None:
-        return "unknown_extension", f"{shown}; expected {', '.join(EXTENSIONS)}"
-    data = read_file(path)
-    return data if isinstance(data, tuple) else EncodedImage(data, extension)
+@dataclass(frozen=True)
+class RowReader:
+    """Makes records of the rows of one table."""
+
+    columns: Columns
+    table: Path
+    origin: str
+    licence: str
+
+    def records(self, item: Row | Rejected, by_name: ByName) -> list[Record | Rejected]:
+        """What a row holds: one record, or one for each turn of an editing session; `by_name` reads its pictures."""
+        if isinstance(item, Rejected):
+            return [item]
+        number, row = item
+        try:
+            turns = sessions(row, self.columns)
+        except RowError as error:
+            return [self._rejected(number, "missing_field", str(error))]
+        return [self._record(number, turn, fields, by_name) for turn, fields in enumerate(turns)]
+
+    def _record(self, number: int, turn: int, row: Mapping[str, Any], by_name: ByName) -> Record | Rejected:
+        try:
+            found = draft(row, self.columns)
+        except RowError as error:
+            reason = "bad_conversation" if self.columns.kind == "chat" else "missing_field"
+            return self._rejected(number, reason, str(error))
+        images: list[EncodedImage] = []
+        for picture in found.pictures:
+            image = read_picture(picture, by_name)
+            if isinstance(image, tuple):
+                return self._rejected(number, *image)
+            images.append(image)
+        names = [name for name in map(picture_name, found.pictures) if name]
+        table = printable(self.table.name)
+        # The place makes a key unique: rows that say the same are found by their content, over all shards at once.
+        place = digest(self.table.name, number, turn, found.text)[:16]
+        key = f"{slug(Path(names[-1]).stem)[:40] if names else ''}-{place}".lstrip("-")
+        return found.record(key, tuple(images), self.origin or table, self.licence, row=number, files=names)
+
+    def _rejected(self, number: int, reason: str, detail: str) -> Rejected:
+        return Rejected(f"line-{number}", reason, f"{printable(self.table.name)} line {number}: {detail}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
 from data_pipeline.records import Record
-from data_pipeline.scenes import records
+from data_pipeline.scenes import edit_record, text_image_record
 from data_pipeline.scenes.world import LEVELS
+from data_pipeline.sources.protocol import Unit, digest
+
+VAL_SHARE = 1 / 16  # of captions and of edits, at their end
 
 
 @dataclass
@@ -26,5 +29,18 @@ class Scenes:
         if min(self.count_text_image, self.count_edit) < 0 or self.count_text_image + self.count_edit == 0:
             raise InputError("source.count_text_image and source.count_edit must be 0 or more, and not both 0")
 
-    def __iter__(self) -> Iterator[Record]:
-        return records(self.level, self.count_text_image, self.count_edit, self.seed)
+    def units(self, records: int) -> Iterator[Unit]:
+        """Ranges of numbered captions, then of numbered edits."""
+        for kind, count in (("text_image", self.count_text_image), ("edit", self.count_edit)):
+            for start in range(0, count, records):
+                where = {"kind": kind, "start": start, "stop": min(start + records, count)}
+                yield Unit(f"{kind} scenes {start + 1}-{where['stop']}", where, digest(where))
+
+    def read(self, unit: Unit) -> Iterator[Record]:
+        make: Callable[[int, int, int, str], Record] = edit_record
+        count = self.count_edit
+        if unit.where["kind"] == "text_image":
+            make, count = text_image_record, self.count_text_image
+        for number in range(unit.where["start"], unit.where["stop"]):
+            split = "val" if number >= count * (1 - VAL_SHARE) else "train"
+            yield make(self.level, self.seed, number, split)

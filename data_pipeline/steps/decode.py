@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from data_pipeline.records import EncodedImage, Record, Rejected, TextImageRecord
+from data_pipeline.records import EncodedImage, Record, Rejected, facts, record_from
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 FOUND = {**FORMATS, "MPO": "jpg"}  # a phone's JPEG with further pictures behind it; every reader sees the first
@@ -40,10 +40,7 @@ class Decode:
             if isinstance(found, tuple):
                 return Rejected(record.key, found[0], f"{name}: {found[1]}")
             checked[name] = found
-        if isinstance(record, TextImageRecord):
-            return replace(record, image=checked["image"])
-        target = checked.pop("target")
-        return replace(record, sources=tuple(checked.values()), target=target)
+        return record_from(record.key, facts(record), checked)
 
     def check(self, image: EncodedImage) -> EncodedImage | tuple[str, str]:
         """The picture with the extension of its true format, or (reason, detail)."""
@@ -58,10 +55,15 @@ class Decode:
                         return "too_small", f"{width} x {height} pixels, each side at least {self.min_side}"
                     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
                         return "animated", f"{picture.n_frames} frames"  # type: ignore[attr-defined]
-                    extension = FOUND[str(picture.format)]
-                    picture.load()
+                    return self.admit(picture, EncodedImage(image.data, FOUND[str(picture.format)]))
         except Image.DecompressionBombError as error:
             return "too_many_pixels", str(error)
+        except UnidentifiedImageError:
+            return "unreadable_image", f"no {', '.join(FORMATS)}"  # Pillow's own words hold a memory address
         except Exception as error:  # a hostile file may raise anything inside a decoder
             return "unreadable_image", f"{type(error).__name__}: {error}"
-        return EncodedImage(image.data, extension)
+
+    def admit(self, picture: Image.Image, image: EncodedImage) -> EncodedImage | tuple[str, str]:
+        """What goes on of a picture within the limits, opened from `image`: its own bytes, since they decode."""
+        picture.load()
+        return image

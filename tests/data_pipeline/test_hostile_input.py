@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,18 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.errors import InputError
-from data_pipeline.executors.local import build
 from data_pipeline.index import load_index, read_member
 from data_pipeline.recipe import Recipe, load_recipe
-from data_pipeline.records import EditRecord, EncodedImage, Rejected, TextImageRecord
-from data_pipeline.shards import ShardWriter, upright_size
+from data_pipeline.records import EditRecord, EncodedImage, Record, Rejected, TextImageRecord
+from data_pipeline.shards import upright_size, write_shard
 from data_pipeline.sources import Folder, Manifest
+from data_pipeline.sources.protocol import Source, Unit
 from data_pipeline.steps import Decode
 from data_pipeline.transforms import decode
+
+
+def everything(source: Source) -> list[Record | Rejected]:
+    return [item for unit in source.units(4096) for item in source.read(unit)]
 
 
 def encoded(size: tuple[int, int] = (20, 12), form: str = "PNG", **options: object) -> bytes:
@@ -79,7 +85,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_build(tmp_path: Path) -> No
     add(root, "broken.png", b"")
     (root / "broken.png").unlink()
     (root / "broken.png").symlink_to("/proc/self/mem")  # reading its first byte is an input/output error
-    good, broken = sorted(Folder(str(root)), key=lambda item: isinstance(item, Rejected))
+    good, broken = sorted(everything(Folder(str(root))), key=lambda item: isinstance(item, Rejected))
     assert isinstance(broken, Rejected) and broken.reason == "unreadable_file"
     assert isinstance(good, TextImageRecord) and good.caption == "with a byte order mark"
 
@@ -87,7 +93,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_build(tmp_path: Path) -> No
 def test_a_file_too_large_for_memory_is_not_read(tmp_path: Path) -> None:
     add(tmp_path / "in", "huge.png", b"")
     os.truncate(tmp_path / "in" / "huge.png", 1 << 40)
-    assert [item.reason for item in Folder(str(tmp_path / "in"))] == ["file_too_large"]
+    assert [item.reason for item in everything(Folder(str(tmp_path / "in")))] == ["file_too_large"]
 
 
 def test_a_file_name_that_is_not_utf8_is_stored_readably(tmp_path: Path) -> None:
@@ -133,7 +139,7 @@ def test_a_manifest_line_is_read_or_refused_by_name(line: bytes, reason: str | N
     (root / "link.png").symlink_to(tmp_path / "outside.png")
     (root / "loop.png").symlink_to("loop.png")
     (root / "e.jsonl").write_bytes(line + b"\n" + GOOD.replace(b"caf", b"tea") + b"\n")
-    first, second = Manifest(str(root / "e.jsonl"))
+    first, second = everything(Manifest(str(root / "e.jsonl")))
     assert isinstance(second, EditRecord) and second.instruction == "teaé"
     if reason is None:
         assert isinstance(first, EditRecord) and first.instruction == "café"
@@ -170,11 +176,10 @@ def text_image(key: str, data: bytes) -> TextImageRecord:
 
 def test_offsets_agree_with_the_tar_and_headers_hold_nothing_of_the_machine(tmp_path: Path) -> None:
     images = tuple(EncodedImage(encoded((20 + i, 12)), "png") for i in range(12))
-    with ShardWriter(tmp_path) as writer:
-        writer.write(text_image("a", encoded()))
-        writer.write(EditRecord("b", images[:11], images[11], "mix them"))
+    records = [text_image("a", encoded()), EditRecord("b", images[:11], images[11], "mix them")]
+    write_shard(tmp_path / "s.tar", [(record, {}) for record in records])
     members = [f"b.source{i}.png" for i in range(11)]
-    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+    with tarfile.open(tmp_path / "s.tar") as tar:
         entries = tar.getmembers()
         assert [e.name for e in entries] == ["a.image.png", "a.json", *members, "b.target.png", "b.json"]
         assert {(e.mtime, e.uid, e.gid, e.uname, e.gname, e.mode) for e in entries} == {(0, 0, 0, "", "", 0o644)}
@@ -185,33 +190,39 @@ def test_offsets_agree_with_the_tar_and_headers_hold_nothing_of_the_machine(tmp_
             assert member.offset == offsets[f"{record.key}.{suffix}"]
 
 
-def test_a_writer_that_fails_keeps_finished_shards_and_leaves_no_part(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"), ShardWriter(tmp_path, records_per_shard=1) as writer:
-        writer.write(text_image("a", encoded()))
-        writer.records_per_shard = 9
-        writer.write(text_image("b", encoded()))
-        assert any(path.name.endswith(".tmp") for path in tmp_path.iterdir())
-        raise RuntimeError("stop")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-000000.index.parquet", "shard-000000.tar"]
-    assert [record.key for record in load_index(tmp_path)] == ["a"]
+@dataclass
+class Failing:
+    """Three units, the second of which fails."""
+
+    def units(self, records: int) -> Iterator[Unit]:
+        yield from (Unit(f"part {i}", {"i": i}, str(i)) for i in range(3))
+
+    def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        yield text_image(f"k{unit.where['i']}", encoded())
+        if unit.where["i"] == 1:
+            raise RuntimeError("stop")
 
 
-def test_a_source_that_fails_leaves_no_output(tmp_path: Path) -> None:
-    def source():
-        yield text_image("a", encoded())
-        raise RuntimeError("stop")
-
+def test_a_task_that_fails_keeps_finished_shards_and_leaves_no_part(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
-        build(source(), [], tmp_path / "out", 1, {})
-    assert list(tmp_path.iterdir()) == []
+        Recipe(Failing()).build(tmp_path / "out")
+    names = sorted(re.sub(r"-[0-9a-f]{12}", "", path.name) for path in (tmp_path / "out").iterdir())
+    assert names == [".lock", "000000.index.parquet", "000000.tar", "000000.task.json", "recipe.json"]
+    with pytest.raises(InputError, match="unfinished build"):
+        load_index(tmp_path / "out")
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "manifest cut": (lambda out: (out / "manifest.json").write_text("{"), "not the manifest", "not the manifest"),
     "manifest of another": (lambda out: (out / "manifest.json").write_text("[]"), "not the manifest", "it has no"),
-    "shard gone": (lambda out: (out / "shard-000000.tar").unlink(), "is missing", "holds no shards"),
-    "shard cut": (lambda out: os.truncate(out / "shard-000000.tar", 99), "has 99 bytes", "truncated"),
-    "index gone": (lambda out: (out / "shard-000000.index.parquet").unlink(), "index is missing", "has no index"),
+    "shard gone": (lambda out: only(out, "*.tar").unlink(), "is missing", "holds no shards"),
+    "shard cut": (lambda out: os.truncate(only(out, "*.tar"), 99), "has 99 bytes", "truncated"),
+    "index gone": (lambda out: only(out, "*.index.parquet").unlink(), "index is missing", "has no index"),
 }
 
 
@@ -236,26 +247,22 @@ def test_a_damaged_build_is_named_and_never_overwritten(
 
 
 def test_inspect_refuses_bytes_that_changed_and_an_index_that_is_none(tmp_path: Path, capsys) -> None:
-    with ShardWriter(tmp_path) as writer:
-        writer.write(text_image("a", encoded()))
-    shard = tmp_path / "shard-000000.tar"
+    shard = tmp_path / "s.tar"
+    write_shard(shard, [(text_image("a", encoded()), {})])
     shard.write_bytes(b"a" * shard.stat().st_size)
     assert main(["inspect", str(tmp_path)]) == 2
     assert "differs from its index" in capsys.readouterr().err
-    (tmp_path / "shard-000000.index.parquet").write_bytes(b"not parquet")
+    (tmp_path / "s.index.parquet").write_bytes(b"not parquet")
     assert main(["inspect", str(tmp_path)]) == 2
     assert "is damaged, build the shards again" in capsys.readouterr().err
 
 
-def test_an_impossible_output_is_one_line_and_leftovers_of_a_killed_build_are_named(tmp_path: Path, capsys) -> None:
+def test_an_impossible_output_is_one_line(tmp_path: Path, capsys) -> None:
     recipe = Path(__file__).parents[2] / "configs" / "data" / "scenes.yaml"
     small = ["build", "-c", str(recipe), "--source.count_edit", "1", "--source.count_text_image=1", "--output"]
     (tmp_path / "file").write_text("")
     assert main([*small, str(tmp_path / "file" / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    (tmp_path / ".out.abc.partial").mkdir()
-    assert main([*small, str(tmp_path / "out")]) == 0
-    assert ".out.abc.partial" in capsys.readouterr().out
 
 
 def test_the_page_shows_sources_in_order_and_examples_of_what_was_lost(tmp_path: Path) -> None:

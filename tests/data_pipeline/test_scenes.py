@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipeline.scenes import benchmark, records
+from data_pipeline.scenes import benchmark
 from data_pipeline.scenes.captions import TASKS, Caption, Clause, describe, draw_scene, satisfied
 from data_pipeline.scenes.edits import edit_success, kinds, preservation, random_edit
 from data_pipeline.scenes.renderer import render
 from data_pipeline.scenes.verifier import UNREADABLE, read
 from data_pipeline.scenes.world import BACKGROUNDS, CELL, COLOURS, LEVELS, SHAPES, Object, Scene, parse, random_scene
+from data_pipeline.sources import Scenes
 
 EVERY_OBJECT = [
     Scene(level, (Object(cell, colour, shape, size),), background)
@@ -136,7 +137,8 @@ def test_one_scene_of_sixteen_is_held_out_and_single_objects_never() -> None:
 
 
 def test_records_never_show_a_held_out_scene_in_training() -> None:
-    found = list(records(1, 160, 160, 0))
+    source = Scenes(1, 160, 160, 0)
+    found = [record for unit in source.units(64) for record in source.read(unit)]
     assert {r.split for r in found} == {"train", "val"}
     for record in found:
         scenes = [parse(record.metadata[name]) for name in ("scene", "source") if name in record.metadata]

@@ -1,0 +1,169 @@
+"""A build: claims its output folder, runs the tasks that are missing, and closes with a manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from data_pipeline.errors import InputError
+from data_pipeline.executors.task import EXAMPLES, Step, Task
+from data_pipeline.index import sidecar
+from data_pipeline.progress import progress
+from data_pipeline.shards import MANIFEST, atomic_write, read_manifest
+from data_pipeline.sources.protocol import Source
+
+RECIPE = "recipe.json"
+VERSION = 2
+BUDGET_AFTER = 1000  # records seen before the share of rejections can stop a build
+
+
+class Executor(Protocol):
+    """Where tasks run."""
+
+    def run(
+        self, tasks: Sequence[Task], source: Source, steps: Sequence[Step], output: Path
+    ) -> Iterator[dict[str, Any]]: ...
+
+
+def build(
+    source: Source,
+    steps: Sequence[Step],
+    output: Path,
+    records_per_shard: int,
+    settings: dict[str, Any],
+    executor: Executor,
+    max_rejected: float = 1.0,
+) -> dict[str, Any]:
+    """Builds the shards of `output` and returns its manifest.
+
+    Each task commits on its own, so a build that was stopped at any moment goes on where it stood, and the bytes are
+    those of an undisturbed one. A finished build of the same recipe is left as it is; other content is never touched.
+
+    Args:
+        max_rejected: share of rejected records above which the build stops (after the first thousand).
+    """
+    output = Path(output)
+    recipe = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
+    found = claimed(output, recipe)
+    if found is not None:
+        return {**found, "reused": True}
+    fingerprint = json.dumps(recipe, sort_keys=True)
+    tasks = [Task(number, unit, fingerprint) for number, unit in enumerate(source.units(records_per_shard))]
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            atomic_write(output / RECIPE, json.dumps(recipe, indent=1, sort_keys=True).encode())
+            missing = [task for task in tasks if not finished(output, task)]
+            seen = rejected = 0
+            for report in progress(executor.run(missing, source, steps, output), len(missing), "tasks"):
+                seen, rejected = seen + report["seen"], rejected + sum(report["rejected"].values())
+                if seen >= BUDGET_AFTER and rejected > max_rejected * seen:
+                    raise InputError(over_budget(output, tasks, rejected, seen, max_rejected))
+            return conclude(output, tasks, recipe)
+    except Timeout as error:
+        raise InputError(f"--output {output} is being built by another process; wait for it or stop it") from error
+
+
+def claimed(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished build of this very recipe; None where it is unfinished or the folder free."""
+    if not output.exists() or (output.is_dir() and all(path.name == ".lock" for path in output.iterdir())):
+        return None
+    if not output.is_dir() or not (output / RECIPE).is_file():
+        raise InputError(f"--output {output} holds something that is no build; choose a new folder")
+    try:
+        same = json.loads((output / RECIPE).read_bytes()) == recipe
+    except ValueError as error:
+        raise InputError(f"{output / RECIPE} is damaged: {error}; choose a new folder") from error
+    if not same:
+        raise InputError(f"--output {output} holds the build of another recipe; choose a new folder, or remove it")
+    if not (output / MANIFEST).is_file():
+        return None
+    found = read_manifest(output)
+    for shard in found["shards"]:
+        problem = damage(output, shard)
+        if problem:
+            raise InputError(f"--output {output} holds a damaged build: {problem}; choose a new folder")
+    return found
+
+
+def damage(output: Path, shard: dict[str, Any]) -> str:
+    """What is wrong with a finished shard, or nothing; looks at sizes only."""
+    path = output / shard["name"]
+    if not path.is_file() or not sidecar(path).is_file():
+        return f"{path.name} or its index is missing"
+    size = path.stat().st_size
+    return "" if size == shard["bytes"] else f"{path.name} has {size} bytes, expected {shard['bytes']}"
+
+
+def finished(output: Path, task: Task) -> bool:
+    """Whether a task's mark and its whole shard are there."""
+    try:
+        shard = json.loads((output / f"{task.stem}.task.json").read_bytes())["shard"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return shard is None or not damage(output, shard)
+
+
+def conclude(output: Path, tasks: Sequence[Task], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Writes and returns the manifest; removes what killed workers left."""
+    manifest = {"version": VERSION, "recipe": recipe, **merged(output, tasks)}
+    if not manifest["shards"]:
+        shutil.rmtree(output)  # this build made it, and holds nothing but rejections
+        raise InputError(f"no record survived, nothing was written to {output}. {summary(manifest)}")
+    for leftover in output.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    atomic_write(output / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False).encode())
+    return manifest
+
+
+def merged(output: Path, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The reports of all finished tasks as one, in the source's order."""
+    totals: dict[str, Counter[str]] = {name: Counter() for name in ("kept", "passed", "rejected")}
+    shards: list[dict[str, Any]] = []
+    examples: dict[str, list[str]] = {}
+    seen, stages = 0, ["source"]
+    for task in tasks:
+        path = output / f"{task.stem}.task.json"
+        if not path.is_file():
+            continue
+        report = json.loads(path.read_bytes())
+        seen += report["seen"]
+        stages = report["stages"]
+        for name, total in totals.items():
+            total.update(report[name])
+        for entry in report["ledger"]:
+            listed = examples.setdefault(f"{entry['stage']}: {entry['reason']}", [])
+            if len(listed) < EXAMPLES:
+                listed.append(f"{entry['key']}: {entry['detail']}")
+        if report["shard"]:
+            shards.append(report["shard"])
+    counts = {name: dict(sorted(total.items())) for name, total in totals.items()}
+    return {"seen": seen, "stages": stages, **counts, "examples": dict(sorted(examples.items())), "shards": shards}
+
+
+def over_budget(output: Path, tasks: Sequence[Task], rejected: int, seen: int, budget: float) -> str:
+    """Why a build stopped, and what to look at."""
+    return (
+        f"{rejected} of {seen} records were rejected, more than max_rejected {budget:g} allows; finished shards are "
+        f"kept in {output}. Look at the reasons, then mend the input or raise max_rejected:\n"
+        + summary(merged(output, tasks))
+    )
+
+
+def summary(manifest: dict[str, Any]) -> str:
+    """The survival report in words: how many came in, went out of each stage, and why the others did not."""
+    kept = ", ".join(f"{count} {name}" for name, count in manifest["kept"].items()) or "none"
+    lines = [f"records seen {manifest['seen']}, kept {kept}"]
+    for stage in manifest["stages"]:
+        lines.append(f"  {stage}: {manifest['passed'].get(stage, 0)} went on")
+        for reason, count in manifest["rejected"].items():
+            if reason.startswith(f"{stage}: "):
+                lines.append(f"    rejected {count}: {reason.removeprefix(f'{stage}: ')}")
+                lines += [f"      {example}" for example in manifest["examples"][reason]]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.progress import track
+
+T = TypeVar("T")
+EVERY = 10.0  # seconds between lines of a log
+
+
+def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, shown as they pass; nothing is shown where there is nothing to wait for."""
+    if total < 2:
+        yield from items
+    elif sys.stderr.isatty():
+        yield from track(items, what, total=total, transient=True)
+    else:
+        started = shown = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            if time.monotonic() - shown > EVERY:
+                shown = time.monotonic()
+                print(f"{what} {done}/{total}  {shown - started:.0f} s", file=sys.stderr, flush=True)

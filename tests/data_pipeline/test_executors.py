@@ -1,0 +1,220 @@
+"""Tasks in processes and on Ray: the same bytes however many workers, killed at any moment, nothing done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import InputError
+from data_pipeline.executors.local import Local
+from data_pipeline.executors.on_ray import Ray
+from data_pipeline.index import load_index
+from data_pipeline.recipe import Recipe
+from data_pipeline.sources import Manifest, Scenes
+from data_pipeline.steps import Decode
+from data_pipeline.steps.fingerprints import Fingerprint
+from data_pipeline.steps.quality import Change, Quality
+
+STEPS = [Decode(), Quality(), Change(batch_size=3), Fingerprint()]
+
+
+def recipe(text_image: int = 30, edit: int = 30) -> Recipe:
+    return Recipe(Scenes(1, text_image, edit, 0), STEPS, records_per_shard=8)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files but the lock."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    recipe().build(folder, Local(1))
+    return content(folder)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_processes_gives_the_same_bytes(
+    workers: int, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    recipe().build(tmp_path / "out", Local(workers))
+    assert content(tmp_path / "out") == undisturbed
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A real Ray on this machine."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'unipic-lightning[ray]'")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths()})
+    yield
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_bytes(cluster: None, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    recipe().build(tmp_path / "out", Ray(2))
+    assert content(tmp_path / "out") == undisturbed
+
+
+def test_an_actor_that_was_killed_is_replaced(cluster: None, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    victims: list[int] = []
+
+    def kill() -> None:
+        while not victims:
+            if len(list((tmp_path / "out").glob("*.task.json"))) >= 2:
+                victims.extend(actors()[:1])
+                os.kill(victims[0], signal.SIGKILL)
+            time.sleep(0.005)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    recipe().build(tmp_path / "out", Ray(2))
+    killer.join(5)
+    assert victims and content(tmp_path / "out") == undisturbed
+
+
+def actors() -> list[int]:
+    """Processes of Ray's actors, which Ray names after their class."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # a process that ended in between
+            found += [int(path.parent.name)] if path.read_bytes().startswith(b"ray::Worker") else []
+    return found
+
+
+def paths() -> dict[str, str]:
+    """Workers elsewhere find the package where this process found it."""
+    return {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 70))
+def test_every_record_comes_once_whatever_the_size_of_a_unit(size: int) -> None:
+    source = Scenes(1, 13, 50, 0)
+    keys = [record.key for unit in source.units(size) for record in source.read(unit)]
+    assert keys == [record.key for unit in source.units(1000) for record in source.read(unit)]
+    assert len(set(keys)) == 63
+
+
+def command(folder: Path) -> list[str]:
+    """A build of some thirty tasks in two processes."""
+    path = folder / "recipe.yaml"
+    steps = [{"class_path": f"{type(step).__module__}.{type(step).__qualname__}"} for step in STEPS]
+    source = {"class_path": "data_pipeline.sources.Scenes", "init_args": {"count_text_image": 120, "count_edit": 120}}
+    path.write_text(yaml.safe_dump({"source": source, "steps": steps, "records_per_shard": 8}))
+    return [sys.executable, "-m", "data_pipeline", "build", "-c", str(path), "--workers", "2", "--output"]
+
+
+def killed(command: list[str], out: Path, whom: str, rng: random.Random) -> None:
+    """Starts the build and kills the driver, or one of its workers, at a random moment between two finished tasks."""
+    process = subprocess.Popen([*command, str(out)], env={**os.environ, **paths()}, stderr=subprocess.DEVNULL)
+    try:
+        wanted = rng.randrange(25)
+        while process.poll() is None and len(list(out.glob("*.task.json"))) < wanted:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.1)
+        victims = [process.pid] if whom == "driver" else list(children(process.pid))
+        for victim in victims[:1]:
+            os.kill(victim, signal.SIGKILL)
+        if whom == "worker":
+            assert process.wait(60) == 0  # the driver replaces the worker and goes on
+    finally:
+        process.kill()
+        process.wait()
+
+
+def children(pid: int) -> Iterator[int]:
+    """Worker processes of a build."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            yield int(child)
+
+
+def check_killed(tmp_path: Path, whom: str, moments: int) -> None:
+    build = command(tmp_path)
+    subprocess.run([*build, str(tmp_path / "whole")], env={**os.environ, **paths()}, check=True, capture_output=True)
+    whole, rng, interrupted = content(tmp_path / "whole"), random.Random(moments), 0
+    for moment in range(moments):
+        out = tmp_path / f"{moment}"
+        killed(build, out, whom, rng)
+        finished = {path: path.stat().st_mtime_ns for path in out.glob("*.task.json")}
+        interrupted += not (out / "manifest.json").is_file()
+        subprocess.run([*build, str(out)], env={**os.environ, **paths()}, check=True, capture_output=True)
+        assert content(out) == whole
+        assert finished == {path: path.stat().st_mtime_ns for path in finished}  # nothing is done twice
+    assert whom == "worker" or interrupted > moments / 2
+
+
+@pytest.mark.parametrize("whom", ["driver", "worker"])
+def test_a_build_that_was_killed_goes_on_to_the_same_bytes(whom: str, tmp_path: Path) -> None:
+    check_killed(tmp_path, whom, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["driver", "worker"])
+def test_a_build_that_was_killed_at_any_of_25_moments_goes_on_to_the_same_bytes(whom: str, tmp_path: Path) -> None:
+    check_killed(tmp_path, whom, 25)
+
+
+def test_only_what_is_missing_is_done_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe().build(out)
+    whole = content(out)
+    lost = sorted(out.glob("*.tar"))[2]
+    for path in (lost, out / "manifest.json"):
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    recipe().build(out)
+    assert content(out) == whole and kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_an_error_budget_stops_a_build_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    lines = [json.dumps({"source": "a.png", "target": "b.png", "instruction": f"{i}"}) for i in range(3000)]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    made = Recipe(Manifest(str(tmp_path / "edits.jsonl")), records_per_shard=500, max_rejected=0.1)
+    with pytest.raises(InputError, match=r"1000 of 1000 records were rejected(.|\n)*missing_file(.|\n)*line 1"):
+        made.build(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.task.json"))) == 2
+
+
+def test_two_builds_of_one_output_do_not_mix(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(InputError, match="another process"):
+        recipe().build(tmp_path / "out")
+
+
+def test_a_full_disk_is_one_clear_error_and_finished_shards_are_whole(tmp_path: Path) -> None:
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"  # writing more fails as on a full disk
+        "from data_pipeline.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    (tmp_path / "r.yaml").write_text(
+        "source: {class_path: data_pipeline.sources.Scenes, init_args: {count_text_image: 4, count_edit: 60}}\n"
+        "records_per_shard: 20"
+    )
+    build = ["build", "-c", str(tmp_path / "r.yaml"), "--workers", "1", "--output", str(tmp_path / "out")]
+    found = subprocess.run(
+        [sys.executable, "-c", program, *build], env={**os.environ, **paths()}, capture_output=True, text=True
+    )
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    assert "File too large" in found.stderr and "space left" in found.stderr
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 1 and not list((tmp_path / "out").glob(".*.tmp"))
+    Recipe(Scenes(1, 4, 60, 0), records_per_shard=20).build(tmp_path / "out")
+    assert len(load_index(tmp_path / "out")) == 64

@@ -1,0 +1,95 @@
+"""Lint: silent on whole tars, ours or by others, and one named line for each defect."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.__main__ import main
+from data_pipeline.index import load_index, sidecar
+from data_pipeline.recipe import Recipe
+from data_pipeline.sources import Scenes
+
+
+def jpeg(side: int = 16) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), 90, np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            file.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def lines(path: Path, capsys: pytest.CaptureFixture) -> tuple[int, list[str]]:
+    status = main(["lint", str(path)])
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_whole_tars_have_no_defect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Recipe(Scenes(1, 6, 6, 0), records_per_shard=4).build(tmp_path / "ours")
+    tar(tmp_path / "theirs" / "00000.tar", {"000.jpg": jpeg(), "000.txt": b"a", "000.json": b'{"url": "x"}'})
+    for folder in ("ours", "theirs"):
+        status, found = lines(tmp_path / folder, capsys)
+        assert status == 0 and found == [f"{tmp_path / folder}: no defect"]
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"0.jpg": jpeg(), "0.txt": b"a", "1.jpg": jpeg()}, "1: bad_sample"),
+        ({"0.jpg": jpeg(), "0.txt": b"  "}, "empty_text"),
+        ({"0.jpg": b"<html>", "0.txt": b"a"}, "unreadable_image"),
+        ({"0.jpg": jpeg()[:-200] + bytes(100), "0.txt": b"a"}, "unreadable_image"),
+        ({"0.jpg": jpeg(), "1.txt": b"a", "0.txt": b"a"}, "scattered_sample"),
+        ({"0.jpg": jpeg(), "0.txt": b"a", "../1.jpg": jpeg()}, "unsafe_name"),
+        ({"0.jpg": jpeg(), "0.txt": b"a", "readme": b"hi"}, "no_extension"),
+        ({"0.jpg": jpeg(), "0.txt": b"\xff\xfe"}, "bad_sample"),
+        ({"0.jpg": jpeg(), "0.json": b"[1]"}, "bad_sample"),
+        ({"0.v1.jpg": jpeg(), "0.v2.jpg": jpeg(), "0.txt": b"a"}, "bad_sample"),
+    ],
+)
+def test_a_defect_is_named_with_its_place(
+    members: dict[str, bytes], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    status, found = lines(tar(tmp_path / "x.tar", members), capsys)
+    assert status == 1 and any(line.startswith("x.tar: ") and expected in line for line in found)
+
+
+def test_a_damaged_member_and_a_lost_sample_of_ours_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Recipe(Scenes(1, 4, 0, 0)).build(tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1  # inside the first picture
+    damaged = tmp_path / "damaged" / shard.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(data[: load_index(tmp_path / "out")[-1].members["json"].offset])
+    shutil.copy(sidecar(shard), sidecar(damaged))
+    status, found = lines(damaged.parent, capsys)
+    assert status == 1 and any(": lost: " in line for line in found)
+    assert any("damaged_sample" in line and "sha256" in line for line in found)
+
+
+def test_a_key_in_two_tars_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Recipe(Scenes(1, 3, 0, 0)).build(tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    shutil.copy(shard, tmp_path / "out" / "again.tar")
+    status, found = lines(tmp_path / "out", capsys)
+    assert status == 1 and sum("repeated_key" in line for line in found) == 3 + 1  # each, and their count
+
+
+def test_a_missing_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["lint", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err

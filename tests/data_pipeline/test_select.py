@@ -1,0 +1,149 @@
+"""Selection on the index: thresholds, duplicates, lists and shares, without touching a shard."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.errors import InputError
+from data_pipeline.index import KEEP, SUFFIX, sample_id, with_scores
+from data_pipeline.select import Selection, first_of_near, near_pairs, report, select
+from data_pipeline.steps.columns import column
+
+COLUMNS = [column("words", pa.int32(), "quality", "1"), column("phash", pa.int64(), "phash", "1")]
+
+
+def rows(count: int, **changes: list) -> list[dict]:
+    """Index rows of text-image records: the JSON member's of each."""
+    listed = []
+    for i in range(count):
+        key, facts = f"k{i}", {name: values[i] for name, values in changes.items()}
+        listed.append(
+            {
+                "key": key,
+                "sample_id": sample_id(key),
+                "kind": "text_image",
+                "split": "",
+                "origin": "here",
+                "licence": "CC0-1.0",
+                "text_length": 9,
+                "text_sha256": hashlib.sha256(facts.pop("text", key).encode()).digest(),
+                "pictures_sha256": hashlib.sha256(facts.pop("picture", key).encode()).digest(),
+                "field": "json",
+                "extension": "json",
+                "offset": 0,
+                "size": 1,
+                "width": 0,
+                "height": 0,
+                "sha256": hashlib.sha256(facts.pop("member", key).encode()).digest(),
+                "words": 5,
+                "phash": None,
+                **facts,
+            }
+        )
+    return listed
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    """Makes a folder of one empty shard with these index rows."""
+
+    def make(listed: list[dict]) -> Path:
+        pq.write_table(pa.Table.from_pylist(listed, schema=with_scores(COLUMNS)), tmp_path / f"a{SUFFIX}")
+        (tmp_path / "a.tar").touch()
+        return tmp_path
+
+    return make
+
+
+def kept(path: Path, rules: Selection) -> list[int]:
+    """Numbers of the records that a selection keeps."""
+    select(path, rules)
+    ids = set(pq.read_table(path / KEEP)["sample_id"].to_pylist())
+    return [i for i in range(100) if sample_id(f"k{i}") in ids]
+
+
+def test_thresholds_compare_columns_and_let_nulls_pass(folder) -> None:
+    path = folder(rows(4, words=[1, 3, None, 9]))
+    assert kept(path, Selection(where=["words >= 3"])) == [1, 2, 3]
+    assert kept(path, Selection(where=["words >= 3", "words<9"])) == [1, 2]
+    assert kept(path, Selection(where=["licence != CC0-1.0"])) == []
+    assert kept(path, Selection()) == [0, 1, 2, 3]
+    assert select(path, Selection(where=["words >= 3"])) == [("words >= 3", 4, 3)]
+    assert "4 ->            3  words >= 3" in report([("words >= 3", 4, 3)])
+
+
+def test_of_equal_records_the_first_is_kept(folder) -> None:
+    path = folder(rows(5, picture=["a", "b", "a", "a", "b"], text=["x", "x", "x", "y", "x"]))
+    assert kept(path, Selection(duplicates="record")) == [0, 1, 3]
+    assert kept(path, Selection(duplicates="picture")) == [0, 1]
+
+
+def test_near_duplicates_are_within_the_bits_and_the_first_is_kept(folder) -> None:
+    path = folder(rows(6, phash=[0b0, 0b111, 0b1111111, None, None, 0b0]))
+    assert kept(path, Selection(near=3)) == [0, 2, 3, 4]
+    assert kept(path, Selection(near=0)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_near_pairs_are_those_of_a_full_comparison(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    base = rng.integers(0, 2**63, 60, dtype=np.uint64)
+    flips = [sum(1 << int(b) for b in rng.choice(64, rng.integers(1, 12), replace=False)) for _ in range(240)]
+    values = np.unique(np.concatenate([base, np.repeat(base, 4) ^ np.array(flips, np.uint64)]))
+    rng.shuffle(values)
+    apart = np.bitwise_count(values[:, None] ^ values[None, :])
+    expected = {(i, j) for i, j in np.argwhere(apart <= bits).tolist() if i < j}
+    assert expected and list(zip(*near_pairs(values, bits), strict=True)) == sorted(expected)
+
+
+def test_a_chain_of_near_duplicates_keeps_what_is_far_from_all_that_is_kept() -> None:
+    chain = pa.chunked_array([pa.array([0b0, 0b11, 0b1111, 0b111111], pa.int64())])
+    assert first_of_near(chain, 2).tolist() == [True, False, True, False]
+
+
+def test_lists_take_records_out_by_key_by_member_and_by_likeness(folder, tmp_path: Path) -> None:
+    path = folder(rows(4, member=["a", "b", "c", "d"], phash=[0, -1, 12345, 7]))
+    (tmp_path / "gone.txt").write_text(f"k0\n\n{hashlib.sha256(b'b').hexdigest()}\n")
+    (tmp_path / "bench.txt").write_text(f"{hashlib.sha256(b'c').hexdigest()}\nffffffffffffffff\n")
+    assert kept(path, Selection(takedown=[str(tmp_path / "gone.txt")])) == [2, 3]
+    assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")])) == [0, 3]
+    assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")], near=3)) == [0]
+
+
+def test_a_share_is_drawn_by_record_and_grows_with_itself(folder) -> None:
+    path = folder(rows(100))
+    half, most = (kept(path, Selection(share={"text_image": share})) for share in (0.5, 0.8))
+    assert 35 <= len(half) <= 65 and set(half) < set(most)
+    assert len(kept(path, Selection(share={"edit": 0.0}))) == 100
+
+
+def test_a_threshold_of_another_scorer_is_refused(folder) -> None:
+    path = folder(rows(1))
+    select(path, Selection(where=["words > 1"], scorers={"words": "quality"}))
+    with pytest.raises(InputError, match="column words is from quality, the rules are for clip"):
+        select(path, Selection(where=["words > 1"], scorers={"words": "clip"}))
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({"where": ["words"]}, "is no condition"),
+        ({"where": ["words > three"]}, "which is int32, with 'three'"),
+        ({"where": ["bogus > 3"]}, "has no column bogus; it has key"),
+        ({"duplicates": "all"}, "expected record or picture"),
+        ({"near": 65}, "0 to 8 bits"),
+        ({"share": {"edit": 2.0}}, "shares from 0 to 1"),
+        ({"takedown": ["nowhere.txt"]}, "cannot read the list nowhere.txt"),
+    ],
+)
+def test_a_wrong_rule_is_one_clear_error(rules: dict, expected: str, folder) -> None:
+    path = folder(rows(2))
+    with pytest.raises(InputError, match=expected):
+        select(path, Selection(**rules))
+    assert not (path / KEEP).exists()
