@@ -28,6 +28,8 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/framework_overhead.py
+	$(BIN)/python tests/benchmarks/build_shards.py
+	$(BIN)/python tests/benchmarks/select_records.py
 
 data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Always loads with weights_only=True, whatever is asked for: a checkpoint must not run code."""
         try:
-            return super().load_checkpoint(path, map_location, weights_only=True)
+            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
+                raise ValueError("it is no checkpoint of a Lightning run")
+            if Path(path).is_file() and (damaged := zipfile.ZipFile(path).testzip()):
+                raise ValueError(f"the checksum of its part {damaged} is wrong")
+            return checkpoint
         except FileNotFoundError as error:
             raise InputError(f"There is no checkpoint {path}. {_others(path)}") from error
         except pickle.UnpicklingError as error:
@@ -56,7 +62,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint {path} holds objects other than tensors and plain values, which are refused because "
                 f"loading them can run code ({str(error).splitlines()[0]}). {_others(path)}"
             ) from error
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise _unreadable(path, error) from error
 
 

@@ -52,7 +52,11 @@ class Summary(Callback):
                 metrics = evaluate(stage(pl_module).pipeline(), self.benchmark)
         summary = {
             **metrics,
-            **{name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name},
+            **{
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith(("train/", "val/"))
+            },
             "setup_seconds": self._setup_seconds,
             "eval_seconds": time.perf_counter() - started,
             **throughput(trainer),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from math import comb
@@ -22,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import KEEP, TEXT_FIELDS, sidecars
+from data_pipeline.index import KEEP, LOCATION, TEXT_FIELDS, sidecars
 from data_pipeline.shards import atomic_write
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio: spreads a key over the upper bits
@@ -82,6 +84,10 @@ def select(folder: Path, rules: Selection) -> list[tuple[str, int, int]]:
     columns = needed_columns(listed, rules)
     taken, members = read_lists(rules.takedown)
     forbidden, hashes = read_lists(rules.decontaminate)
+    if rules.duplicates or members or hashes:
+        check_hashed(listed)
+    if len(perceptual(forbidden)) and "phash" not in columns:
+        raise InputError("decontaminate lists perceptual hashes, but not every index has the column phash; build anew")
     table = record_rows(listed, columns)
     funnel: list[tuple[str, int, int]] = []
 
@@ -132,6 +138,16 @@ def needed_columns(listed: Sequence[Path], rules: Selection) -> list[str]:
     wanted += {"record": ["pictures_sha256", "text_sha256"], "picture": ["pictures_sha256"]}.get(rules.duplicates, [])
     wanted += ["phash"] if rules.decontaminate and all("phash" in schema.names for schema in schemas) else []
     return list(dict.fromkeys(["sample_id", *wanted]))
+
+
+def check_hashed(listed: Sequence[Path]) -> None:
+    """Refuses rules that compare pictures where indexes were made from headers alone: they would find nothing."""
+    for path in listed:
+        if LOCATION in (pq.read_schema(path).metadata or {}):
+            raise InputError(
+                f"{path} was made from headers alone, so the sha256 of its pictures is unknown: leave out duplicates "
+                "and lists of sha256, or build shards from its tars (data_pipeline.sources.WebDataset)"
+            )
 
 
 def record_rows(listed: Sequence[Path], columns: Sequence[str]) -> pa.Table:
@@ -187,20 +203,25 @@ def holds_member(listed: Sequence[Path], table: pa.Table, hashes: Sequence[bytes
 
 def first_of_equal(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
     """Which rows are the first with their values; a row with a null is no duplicate."""
-    words = [word for column in columns for word in as_words(column)]
+    keep = ~repeated([word for column in columns for word in as_words(column)])
+    for column in columns:
+        keep |= pc.is_null(column).to_numpy()
+    return keep
+
+
+def repeated(words: Sequence[np.ndarray]) -> np.ndarray:
+    """Which rows equal an earlier one in all words."""
     mixed = words[0]
     for word in words[1:]:
         mixed = mixed * MULTIPLIER + word
     order = np.argsort(mixed, kind="stable")  # equal rows meet, and stay in stored order
-    repeated = np.ones(len(order), bool)
-    repeated[:1] = False
+    earlier, later = order[:-1], order[1:]
+    same = np.flatnonzero(mixed[earlier] == mixed[later])
     for word in words:
-        repeated[1:] &= word[order[1:]] == word[order[:-1]]
-    keep = np.empty(len(order), bool)
-    keep[order] = ~repeated
-    for column in columns:
-        keep |= pc.is_null(column).to_numpy()
-    return keep
+        same = same[word[earlier[same]] == word[later[same]]]
+    found = np.zeros(len(mixed), bool)
+    found[later[same]] = True
+    return found
 
 
 def as_words(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -234,44 +255,51 @@ def near_any(column: pa.ChunkedArray, forbidden: np.ndarray, bits: int) -> np.nd
 
 def first_of_near(column: pa.ChunkedArray, bits: int) -> np.ndarray:
     """Which rows are not within `bits` of an earlier row that is kept; a null is no duplicate."""
+    values = unsigned(column)
     valid = np.flatnonzero(pc.is_valid(column).to_numpy())
-    distinct, first = np.unique(unsigned(column)[valid], return_index=True)
-    order = np.argsort(first)  # in stored order, so that the earlier of two is kept
-    distinct, first = distinct[order], first[order]
-    dropped = np.zeros(len(distinct), bool)
-    for earlier, later in zip(*(places.tolist() for places in near_pairs(distinct, bits)), strict=True):
+    first = valid[~repeated([values[valid]])]
+    dropped = np.zeros(len(first), bool)
+    for earlier, later in zip(*(places.tolist() for places in near_pairs(values[first], bits)), strict=True):
         if not dropped[earlier]:
             dropped[later] = True
-    keep = np.ones(len(column), bool)
+    keep = np.ones(len(values), bool)
     keep[valid] = False
-    keep[valid[first[~dropped]]] = True
+    keep[first[~dropped]] = True
     return keep
 
 
 def near_pairs(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Places (i, j), i < j, in order, of all pairs of distinct 64-bit values within `bits` of each other.
 
-    Of bits + n bands at least n agree, so every pair meets under the key of some n bands. Rows are sorted by a hash of
-    the key with the place below it: few meet that are not near, and the cost stays linear.
+    Of bits + n bands at least n agree, so every pair meets under the key of some n bands.
     """
     agree = agreeing_bands(len(values), bits)
     edges = np.linspace(0, 64, bits + agree + 1).astype(int)
-    masks = [sum(1 << b for b in range(lo, hi)) for lo, hi in pairwise(edges.tolist())]
-    low = np.uint64((1 << len(values).bit_length()) - 1)
-    places, rows = np.arange(len(values), dtype=np.uint64), np.empty(len(values), np.uint64)
-    found = [np.empty(0, np.uint64)]
-    for chosen in combinations(masks, agree) if bits else ():
-        np.bitwise_and(values, np.uint64(sum(chosen)), out=rows)
-        rows *= MULTIPLIER
-        rows &= ~low
-        rows |= places
-        rows.sort()
-        for start in range(0, len(rows), BLOCK):
-            for i, j in sharing_keys(rows, start, low):
-                close = distance(values[i], values[j]) <= bits
-                found.append(i[close] << np.uint64(32) | j[close])
-    pairs = np.unique(np.concatenate(found))
+    bands = [sum(1 << b for b in range(lo, hi)) for lo, hi in pairwise(edges.tolist())]
+    keys = [np.uint64(sum(chosen)) for chosen in combinations(bands, agree)] if bits else []
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # NumPy sorts outside the interpreter's lock
+        found = list(pool.map(lambda key: pairs_under(key, values, bits), keys))
+    pairs = np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
     return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(2**32 - 1)).astype(np.int64)
+
+
+def pairs_under(key: np.uint64, values: np.ndarray, bits: int) -> np.ndarray:
+    """Near pairs that agree in the bits of `key`, each as i << 32 | j: neighbours, once rows are sorted by it.
+
+    A row is a hash of the key above the place, so that few meet that are not near, and the cost stays linear.
+    """
+    low = np.uint64((1 << len(values).bit_length()) - 1)
+    rows = values & key
+    rows *= MULTIPLIER
+    rows &= ~low
+    rows |= np.arange(len(rows), dtype=np.uint64)
+    rows.sort()
+    found = [np.empty(0, np.uint64)]
+    for start in range(0, len(rows), BLOCK):
+        for i, j in sharing_keys(rows, start, low):
+            close = distance(values[i], values[j]) <= bits
+            found.append(i[close] << np.uint64(32) | j[close])
+    return np.concatenate(found)
 
 
 def sharing_keys(rows: np.ndarray, start: int, low: np.uint64) -> Iterator[tuple[np.ndarray, np.ndarray]]:

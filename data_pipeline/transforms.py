@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from data_pipeline.pictures import on_white
 
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -41,12 +42,7 @@ def check_size(image_size: int, multiple: int) -> None:
 def decode(data: bytes) -> Image.Image:
     """Encoded bytes to an RGB picture: upright by its EXIF orientation, transparency over white."""
     with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-            picture = Image.alpha_composite(white, picture)
-        return picture.convert("RGB")
+        return on_white(ImageOps.exif_transpose(opened))
 
 
 def to_tensor(picture: Image.Image, size: Size) -> Tensor:

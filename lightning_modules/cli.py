@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks import AtomicCheckpointIO
 from callbacks.checkpoint import checkpoints
+from callbacks.nonfinite import NonFiniteError
 from callbacks.summary import SUMMARY, Summary
 from data_pipeline.errors import InputError
 from lightning_modules import commands
@@ -25,8 +28,35 @@ from lightning_modules.networks.loading import CheckpointError
 RUNS = Path("runs")
 
 
+VERSION = "_UNIPIC_LIGHTNING_VERSION"  # in the environment, so that the processes of all ranks resume the same run
+# What may differ when a run is resumed: how far and on what it runs, not what it computes.
+RESUMABLE = (
+    "ckpt_path", "benchmark", "trainer.max_steps", "model.init_args.steps", "data.init_args.steps",
+    "data.init_args.num_workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "trainer.log_every_n_steps", "trainer.enable_", "trainer.callbacks",
+)  # fmt: skip
+
+
 class CLI(LightningCLI):
     """LightningCLI with runs/<config>/<version>/, one seed and one number of steps for all."""
+
+    def before_instantiate_classes(self) -> None:
+        """A run that is resumed goes on by its own config, or is refused before anything of it is touched."""
+        if VERSION not in os.environ or self.subcommand != "fit":
+            return
+        path = RUNS / run_name() / os.environ[VERSION] / "config.yaml"
+        if not path.is_file():
+            return
+        given = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        before, now = flattened(yaml.safe_load(path.read_text(encoding="utf-8"))), flattened(given)
+        changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        changed = [name for name in changed if not name.startswith(RESUMABLE)]
+        if changed:
+            shown = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)
+            raise InputError(f"--resume: {path} says otherwise ({shown}); resume without, or start a new run")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the checkpoint to AtomicCheckpointIO: Lightning would read it here first, unchecked, for settings."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--benchmark", type=SceneBenchmark | None, default=None, help="scenes to evaluate on")
@@ -40,10 +70,10 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds what every run has: its folder, the summary at its end, and checkpoints that are never half written."""
         summary = Summary(self._get(self.config_init, "benchmark"), self._get(self.config_init, "seed_everything"))
-        logger = TensorBoardLogger(save_dir=str(RUNS), name=run_name(), version=os.environ.get("RUN_VERSION"))
-        plugins = [AtomicCheckpointIO()]
-        trainer = super().instantiate_trainer(**{"logger": logger, "plugins": plugins, **kwargs})
-        if self.subcommand == "fit":
+        fit = self.subcommand == "fit"
+        logger = fit and TensorBoardLogger(save_dir=str(RUNS), name=run_name(), version=os.environ.get(VERSION))
+        trainer = super().instantiate_trainer(**{"logger": logger, "plugins": [AtomicCheckpointIO()], **kwargs})
+        if fit:
             trainer.callbacks.append(summary)
         return trainer
 
@@ -51,6 +81,17 @@ class CLI(LightningCLI):
 def batches(steps: int, accumulation: int) -> int:
     """Batches of a run."""
     return steps * (accumulation or 1)
+
+
+def flattened(content: Any, name: str = "") -> dict[str, Any]:
+    """Settings by dotted name.
+
+    >>> flattened({"trainer": {"max_steps": 3}, "seed": 0})
+    {'trainer.max_steps': 3, 'seed': 0}
+    """
+    if not isinstance(content, dict):
+        return {name: content}
+    return {k: v for key, inner in content.items() for k, v in flattened(inner, f"{name}.{key}".strip(".")).items()}
 
 
 def run_name() -> str:
@@ -81,10 +122,21 @@ def resume(argv: list[str]) -> list[str]:
     for version in sorted(versions, key=lambda v: int(v.name.removeprefix("version_")), reverse=True):
         saved = checkpoints(version / "checkpoints")
         if saved and not (version / SUMMARY).exists():
-            os.environ["RUN_VERSION"] = version.name
+            os.environ[VERSION] = version.name
             print(f"resuming {version} from {saved[-1].name}")
             return [*argv, "--ckpt_path", str(saved[-1])]
     raise InputError(f"--resume: {root} has no unfinished version with a checkpoint; leave --resume out to start one")
+
+
+def newest(argv: list[str]) -> list[str]:
+    """Adds the newest checkpoint of the config's last finished run, unless one is named."""
+    if any(argument.partition("=")[0] == "--ckpt_path" for argument in argv):
+        return argv
+    saved = checkpoints(RUNS / run_name() / "latest" / "checkpoints")
+    if not saved:
+        raise InputError(f"{RUNS / run_name()} has no finished run; train one (fit), or give --ckpt_path FILE")
+    print(f"validating {saved[-1]}")
+    return [*argv, "--ckpt_path", str(saved[-1])]
 
 
 def quiet() -> None:
@@ -99,6 +151,8 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*lru_cache.*",
         ".*tensorboardX.*",
+        ".*`weights_only` was not set.*",  # our reader always sets it
+        ".*your dataloader is not resumable.*",  # the plan needs no loader's state
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -116,7 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] and arguments[0] in commands.COMMANDS:
             return commands.run(arguments)
         if "--resume" in arguments:
+            if arguments[0] != "fit" or any(argument.startswith("--ckpt_path") for argument in arguments):
+                raise InputError("--resume belongs to fit, and finds the checkpoint itself; leave --ckpt_path out")
             arguments = resume(arguments)
+        elif arguments[:1] == ["validate"] and config is not None:
+            arguments = newest(arguments)
         sys.argv[1:] = arguments
         CLI(
             LightningModule,
@@ -131,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if mistake is None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    except (OSError, MisconfigurationException, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from data_pipeline.counters import generator
 from data_pipeline.errors import InputError
 from data_pipeline.records import slug
 from data_pipeline.sources.folder import EXTENSIONS
-from data_pipeline.transforms import decode
+from data_pipeline.transforms import decode, fit_size
 from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.pipelines import KontextPipeline
@@ -39,28 +40,57 @@ def run(argv: Sequence[str]) -> int:
     """Parses and runs one of COMMANDS."""
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.cli", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in COMMANDS:
-        command = commands.add_parser(name, allow_abbrev=False)
+    parsers = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS}
+    for command in parsers.values():
         command.add_argument("-c", "--config", type=Path, required=True, help="the run's config")
         command.add_argument("--export", type=Path, help="checkpoint folder; default runs/<config>/latest/export")
+        command.epilog = "Fields of the config can be overridden, as --benchmark.count 64."
+    command = parsers["predict"]
     command.add_argument("--input", type=Path, required=True, help="folder of pictures, or JSONL of prompts")
     command.add_argument("--instruction", help="the edit of every picture of a folder")
     command.add_argument("--output", type=Path, required=True, help="folder for the pictures")
-    command.add_argument("--steps", type=int, help="Euler steps; default the benchmark's, else 28")
+    command.add_argument("--steps", type=positive, help="Euler steps; default the benchmark's, else 28")
     command.add_argument("--guidance", type=float, help="classifier-free guidance; default the benchmark's, else 3.5")
     command.add_argument("--negative", help="negative prompt; default the benchmark's, else the released one")
-    command.add_argument("--size", type=int, help="pixels of the longer side; default the config's image_size")
+    command.add_argument("--size", type=positive, help="pixels of the longer side; default the config's image_size")
     command.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    return test(arguments) if arguments.command == "test" else predict(arguments)
+    arguments, overrides = parser.parse_known_args(argv)
+    words = [word for override in overrides for word in override.split("=", 1)]
+    if len(words) % 2 or not all(name.startswith("--") and "." in name for name in words[::2]):
+        parser.error(f"unknown options: {' '.join(overrides)}")
+    config = overridden(read_config(arguments.config), words)
+    return test(arguments, config) if arguments.command == "test" else predict(arguments, config)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def read_config(path: Path) -> dict:
     """A run's YAML as plain data."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not {"model", "data"} <= set(content):
         raise InputError(f"{path} is not a run's config; expected YAML with model, data and trainer")
     return content
+
+
+def overridden(config: dict, words: Sequence[str]) -> dict:
+    """The config with overrides, alternately a dotted name ("--benchmark.count") and a value in YAML."""
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        *path, last = name.removeprefix("--").split(".")
+        inner = config
+        for key in path:
+            inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise InputError(f"{name}: {key} is {inner!r} in the config, which has no fields")
+        inner[last] = yaml.safe_load(value)
+    return config
 
 
 def load_export(arguments: argparse.Namespace) -> KontextPipeline:
@@ -76,9 +106,9 @@ def load_export(arguments: argparse.Namespace) -> KontextPipeline:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test(arguments: argparse.Namespace) -> int:
+def test(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     """Prints the summary's metrics for an export."""
-    settings = read_config(arguments.config).get("benchmark")
+    settings = config.get("benchmark")
     if settings is None:
         raise InputError(f"{arguments.config} has no benchmark; test needs one, such as benchmark: {{level: 1}}")
     try:
@@ -89,12 +119,15 @@ def test(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def predict(arguments: argparse.Namespace) -> int:
+def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     """Writes a picture for each request; a picture that cannot be read is named and counted, not fatal."""
     requests = list(read_requests(arguments.input, arguments.instruction))
+    if arguments.output.resolve() in {request.source.resolve().parent for request in requests if request.source}:
+        raise InputError(f"--output {arguments.output} holds the pictures to edit; choose another folder")
     pipeline = load_export(arguments)
-    config = read_config(arguments.config)
-    size = arguments.size or config["data"]["init_args"]["image_size"]
+    size = arguments.size or config["data"].get("init_args", {}).get("image_size")
+    if not size:
+        raise InputError(f"{arguments.config} has no data.init_args.image_size; give --size PIXELS")
     sampling = sampling_settings(arguments, config.get("benchmark") or {})
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = 0
@@ -136,8 +169,6 @@ def sampling_settings(arguments: argparse.Namespace, benchmark: Mapping[str, Any
 
 def fitted(path: Path, size: int, multiple: int) -> Image.Image:
     """A picture to edit, with its longer side brought to `size` by the released rule."""
-    from data_pipeline.transforms import fit_size
-
     try:
         picture = decode(path.read_bytes())
     except Exception as error:  # a decoder may raise anything
@@ -154,7 +185,9 @@ def read_requests(path: Path, instruction: str | None) -> Iterator[Request]:
             raise InputError(f"--input {path} holds no pictures; expected {', '.join(EXTENSIONS)}")
         if not instruction:
             raise InputError(f"--input {path} is a folder of pictures; say what to do with them: --instruction TEXT")
-        yield from (Request(picture.stem, instruction, picture) for picture in pictures)
+        stems = Counter(picture.stem for picture in pictures)
+        for picture in pictures:
+            yield Request(picture.stem if stems[picture.stem] == 1 else slug(picture.name), instruction, picture)
         return
     if not path.is_file():
         raise InputError(f"--input {path} does not exist; expected a folder of pictures, or a JSONL file of prompts")
@@ -167,6 +200,8 @@ def read_requests(path: Path, instruction: str | None) -> Iterator[Request]:
             prompt, image = row.get("prompt") or row.get("instruction"), row.get("image") or row.get("source")
         except (json.JSONDecodeError, AttributeError) as error:
             raise InputError(f"--input {path} line {number} is not a JSON object: {line[:60]!r}") from error
-        if not isinstance(prompt, str):
-            raise InputError(f'--input {path} line {number} has no "prompt": {line[:60]!r}')
+        if not isinstance(prompt, str) or not isinstance(image, str | None):
+            raise InputError(
+                f'--input {path} line {number} should have a "prompt" and at most one "image", got {line[:60]!r}'
+            )
         yield Request(f"{number:05d}-{slug(prompt)[:40]}", prompt, path.parent / image if image else None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -16,10 +17,13 @@ from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
+from data_pipeline.dataset import TASKS
+from data_pipeline.errors import InputError
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.autoencoder import encode_moments, sample_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.flops import forward_flops
+from lightning_modules.networks.loading import compare_shapes
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
@@ -44,6 +48,11 @@ class Timesteps:
     std: float = 1.0
     shift: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_tasks("timesteps.mean", self.mean if isinstance(self.mean, dict) else {})
+        if self.std <= 0 or self.shift <= 0:
+            raise InputError(f"timesteps: std and shift must be above 0, got {self.std:g} and {self.shift:g}")
+
 
 @dataclass
 class Dropout:
@@ -51,6 +60,18 @@ class Dropout:
 
     caption: dict[str, float] = field(default_factory=lambda: {"text_to_image": 0.1, "edit": 0.0})
     reference: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_tasks("dropout.caption", self.caption)
+        if not all(0 <= p <= 1 for p in (*self.caption.values(), self.reference)):
+            raise InputError(f"dropout must be probabilities from 0 to 1, got {self}")
+
+
+def check_tasks(name: str, by_task: Mapping[str, float]) -> None:
+    """Refuses names that are no task: a misspelt one would be as if it were not there."""
+    unknown = sorted(set(by_task) - set(TASKS.values()))
+    if unknown:
+        raise InputError(f"{name} names {', '.join(unknown)}; the tasks are {', '.join(TASKS.values())}")
 
 
 class KontextModule(L.LightningModule):
@@ -81,6 +102,7 @@ class KontextModule(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        check_tasks("task_weights", task_weights or {})
         self.pretrained, self.steps, self.seed = pretrained, steps, seed
         self.optimizer_settings, self.timesteps, self.dropout = optimizer, timesteps, dropout
         self.task_weights, self.max_sequence_length = task_weights or {}, max_sequence_length
@@ -108,12 +130,18 @@ class KontextModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Embeds the captions ahead where the data can name them, as many as fit in memory: steps look them up."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        if trainer.gradient_clip_algorithm == "value" or getattr(trainer.precision_plugin, "scaler", None):
+            raise InputError(
+                f"gradients are clipped by norm, and unscaled: got gradient_clip_algorithm "
+                f"{trainer.gradient_clip_algorithm} and precision {trainer.precision}; use norm, and bf16-mixed in "
+                "place of 16-mixed"
+            )
         assert self._prompts is not None and self._pipeline is not None
         self._pipeline.to(self.device)
-        if hasattr(data, "prompts"):
+        if hasattr(trainer.datamodule, "prompts"):
             logger.info("embedding the captions, once")
-            self._prompts.fill(data.prompts())
+            self._prompts.fill(trainer.datamodule.prompts())
 
     def on_train_start(self) -> None:
         """Compiles for the shapes of each task, so that the first steps need not."""
@@ -254,6 +282,13 @@ class KontextModule(L.LightningModule):
         # Asking whether it is needed would make a GPU wait; on a CPU it saves a pass over all gradients.
         if norm.is_cuda or norm > gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Names every weight that does not fit before any is copied."""
+        shapes = [
+            {n: tuple(t.shape) for n, t in state.items()} for state in (self.state_dict(), checkpoint["state_dict"])
+        ]
+        compare_shapes(Path(self.pretrained), *shapes)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)

@@ -11,6 +11,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
+from data_pipeline.errors import InputError
+
 
 @dataclass
 class AdamW:
@@ -25,6 +27,12 @@ class AdamW:
     weight_decay: float = 0.05
     warmup_steps: int = 100
     final_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.eps <= 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optimizer: lr and eps must be above 0, betas from 0 to below 1, got {self}")
+        if min(self.weight_decay, self.warmup_steps, self.final_lr_ratio) < 0:
+            raise InputError(f"optimizer: weight_decay, warmup_steps and final_lr_ratio must be 0 or more, got {self}")
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, final_ratio: float) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +66,10 @@ def test_the_summary_holds_every_figure(run: Path) -> None:
 def test_the_checkpoint_holds_the_average_once_and_no_frozen_weights(run: Path) -> None:
     state = torch.load(run / "runs/micro/latest/checkpoints/step_00000012.ckpt", weights_only=True)
     assert all(name.startswith("transformer.") for name in state["state_dict"])
-    assert not any("vae" in key or "text_encoder" in key for key in state["state_dict"])
+    shadow = next(v for k, v in state["callbacks"].items() if k.startswith("EMA"))["shadow"]
+    sizes = [sum(t.numel() for t in weights.values()) for weights in (state["state_dict"], shadow)]
+    file = (run / "runs/micro/latest/checkpoints/step_00000012.ckpt").stat().st_size
+    assert file < 4 * (3 * sizes[0] + sizes[1]) + 300_000  # weights, two moments and the average, each once
 
 
 def test_the_export_is_the_average_and_loads(run: Path) -> None:
@@ -141,9 +146,63 @@ def test_test_gives_the_summarys_metrics(run: Path) -> None:
     assert metrics and metrics == {name: summary[name] for name in metrics}
 
 
-def test_validate_reports_the_losses(run: Path) -> None:
+def test_validate_gives_the_losses_of_the_trained_weights(run: Path) -> None:
+    before = sorted((run / "runs/micro").iterdir())
     result = command("validate", "-c", run / "configs/micro.yaml", cwd=run)
-    assert result.returncode == 0 and "val/loss_edit" in result.stdout
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary = json.loads((run / "runs/micro/latest/summary.json").read_text())
+    for name in ("val/loss_edit", "val/loss_text_to_image"):
+        (value,) = re.findall(rf"{name}\W+([0-9.]+)", result.stdout)
+        assert float(value) == pytest.approx(summary[name], rel=1e-3)
+    assert before == sorted((run / "runs/micro").iterdir())
+
+
+@pytest.fixture
+def unfinished(run: Path, tmp_path: Path) -> Path:
+    """The finished run, as if it had died before its summary."""
+    shutil.copytree(run / "runs/micro/version_0", tmp_path / "runs/micro/version_0")
+    (tmp_path / "runs/micro/version_0/summary.json").unlink()
+    return tmp_path
+
+
+def test_resuming_with_other_settings_is_refused_and_the_record_stays(run: Path, unfinished: Path) -> None:
+    record = unfinished / "runs/micro/version_0/config.yaml"
+    before = record.read_bytes()
+    changed = ["--model.init_args.optimizer.lr", "1e-6", "--trainer.accumulate_grad_batches", "2"]
+    result = command("fit", "-c", run / "configs/micro.yaml", "--resume", *changed, cwd=unfinished)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "optimizer.lr: 0.003 -> 1e-06" in result.stderr and "accumulate_grad_batches: 1 -> 2" in result.stderr
+    assert record.read_bytes() == before
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def misshape(path: Path) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    name = next(iter(checkpoint["state_dict"]))
+    checkpoint["state_dict"][name] = torch.zeros(3)
+    torch.save(checkpoint, path)
+
+
+DAMAGE = {
+    "cut": (lambda path: os.truncate(path, path.stat().st_size // 2), "is truncated or is no checkpoint"),
+    "a bit flipped": (flip, "checksum"),
+    "another file": (lambda path: torch.save([1, 2], path), "no checkpoint of a Lightning run"),
+    "another shape": (misshape, "1 misshapen"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_one_clear_message(name: str, run: Path, unfinished: Path) -> None:
+    damage, expected = DAMAGE[name]
+    damage(unfinished / "runs/micro/version_0/checkpoints/step_00000012.ckpt")
+    result = command("fit", "-c", run / "configs/micro.yaml", "--resume", cwd=unfinished)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert expected in result.stderr and "Traceback" not in result.stderr
 
 
 MISTAKES = {
@@ -173,6 +232,22 @@ MISTAKES = {
         ["predict", "-c", "{config}", "--input", "nowhere", "--output", "o"],
         "nowhere does not exist",
     ),
+    "benchmark level": (["fit", "-c", "{config}", "--benchmark.level", "7"], "benchmark.level is 7"),
+    "benchmark count": (["fit", "-c", "{config}", "--benchmark.count", "0"], "benchmark.count is 0"),
+    "benchmark scales": (["test", "-c", "{config}", "--benchmark.guidance_scales", "[]"], "at least one number"),
+    "a task's name": (["fit", "-c", "{config}", "--model.init_args.task_weights", "{{edt: 0.5}}"], "names edt"),
+    "clipping by value": (["fit", "-c", "{config}", "--trainer.gradient_clip_algorithm", "value"], "clipped by norm"),
+    "a path that is no hub id": (
+        ["fit", "-c", "{config}", "--model.init_args.pretrained", "pretrained/nowhere"],
+        "no checkpoint folder pretrained/nowhere",
+    ),
+    "nothing to validate": (["validate", "-c", "{unknown}"], "has no finished run"),
+    "resume is for fit": (["validate", "-c", "{config}", "--resume"], "--resume belongs to fit"),
+    "no steps": (["predict", "-c", "{config}", "--input", "x", "--output", "o", "--steps", "0"], "--steps"),
+    "output is input": (
+        ["predict", "-c", "{config}", "--input", "{pictures}", "--instruction", "x", "--output", "{pictures}"],
+        "choose another folder",
+    ),
     "no instruction": (["predict", "-c", "{config}", "--input", "{pictures}", "--output", "o"], "--instruction TEXT"),
 }
 
@@ -187,6 +262,6 @@ def test_a_mistake_is_one_clear_message(name: str, run: Path, tmp_path: Path) ->
     unknown.write_text(config.read_text().replace("lr:", "learning_rate:"))
     places = {"config": config, "unknown": unknown, "empty": tmp_path / "empty", "pictures": tmp_path}
     result = command(*(a.format(**places) for a in arguments), cwd=run)
-    assert result.returncode == 2
+    assert result.returncode == 2, result.stderr[-2000:]
     assert expected in result.stderr and "Traceback" not in result.stderr
     assert (run / "runs/micro/latest/summary.json").is_file()

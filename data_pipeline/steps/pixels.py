@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_pipeline.pictures import on_white
 from data_pipeline.records import EncodedImage
 from data_pipeline.shards import READABLE
 
@@ -21,11 +22,7 @@ def pixels(image: EncodedImage) -> np.ndarray:
         opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at the smallest of its scales that suffices
         picture = ImageOps.exif_transpose(opened)
         picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            canvas = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(canvas, picture)
-        array = np.asarray(picture.convert("RGB"))
+        array = np.array(on_white(picture))
     array.flags.writeable = False
     return array
 

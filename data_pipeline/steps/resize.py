@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import InputError
+from data_pipeline.pictures import on_white
 from data_pipeline.records import EncodedImage
 from data_pipeline.steps.decode import FORMATS, Decode
 
@@ -88,14 +89,3 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     ImageOps.exif_transpose(found, in_place=True)
     found.info.clear()
     return found
-
-
-def on_white(picture: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, what is transparent in it over white."""
-    if picture.mode.startswith("I"):  # 16-bit grey, of which Pillow's own conversion keeps the darkest 256 levels
-        picture = picture.convert("I").point(lambda level: level * (1 / 256))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture.load()
-    return picture if picture.mode == "RGB" else picture.convert("RGB")

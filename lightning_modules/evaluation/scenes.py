@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.errors import InputError
 from data_pipeline.scenes import benchmark
 from data_pipeline.scenes.captions import Caption, satisfied
 from data_pipeline.scenes.edits import Edit, edit_success, preservation
@@ -43,7 +44,15 @@ class SceneBenchmark:
 
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) - {"text_to_image", "edit"}:
-            raise ValueError(f"benchmark.tasks must be text_to_image, edit or both, got {list(self.tasks)}")
+            raise InputError(f"benchmark.tasks must be text_to_image, edit or both, got {list(self.tasks)}")
+        if self.level not in LEVELS:
+            raise InputError(f"benchmark.level is {self.level!r}; scenes have the levels {sorted(LEVELS)}")
+        counts = {"count": self.count, "num_inference_steps": self.num_inference_steps, "batch_size": self.batch_size}
+        for name, value in counts.items():
+            if type(value) is not int or value < 1:
+                raise InputError(f"benchmark.{name} is {value!r}; expected a whole number of at least 1")
+        if not self.guidance_scales or any(type(s) not in (int, float) for s in self.guidance_scales):
+            raise InputError(f"benchmark.guidance_scales is {self.guidance_scales!r}; expected at least one number")
 
 
 def evaluate(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, float]:

@@ -32,13 +32,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_parts(folder: Path, parts: Collection[str]) -> None:
-    """Checks that a folder exists and has model_index.json and the named parts."""
+    """Checks that a folder exists and has the named parts and all those that its model_index.json names."""
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no checkpoint folder {folder}; give a folder in the diffusers layout, or pocket"
         )
-    read_json(folder / "model_index.json")
-    missing = [part for part in parts if not (folder / part).is_dir()]
+    index = read_json(folder / "model_index.json")
+    named = [part for part, entry in index.items() if isinstance(entry, list) and all(entry)]
+    missing = [part for part in dict.fromkeys([*parts, *named]) if not (folder / part).is_dir()]
     if missing:
         found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; it has {found}")
@@ -104,6 +105,25 @@ def check_weights(cls: Any, folder: Path, classes: Collection[str], optional: Co
     compare_shapes(folder, {name: tuple(t.shape) for name, t in expected.items()}, stored_shapes(folder), optional)
 
 
+def load_text_encoder(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
+    """A model of transformers, of which every weight must be in the folder: the library itself would draw the rest."""
+    stored_shapes(folder)
+    try:
+        model, found = cls.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below, all of them
+            **({} if dtype is None else {"dtype": dtype}),
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder} does not load as a {cls.__name__}: {str(error).splitlines()[0]}") from error
+    misshapen = [f"{name} is {list(got)}, expected {list(wanted)}" for name, got, wanted in found["mismatched_keys"]]
+    report_keys(folder, {"missing": sorted(found["missing_keys"]), "misshapen": sorted(misshapen)})
+    return model
+
+
 def compare_shapes(
     folder: Path,
     expected: dict[str, tuple[int, ...]],
@@ -120,6 +140,11 @@ def compare_shapes(
             if expected[name] != found[name]
         ],
     }
+    report_keys(folder, problems)
+
+
+def report_keys(folder: Path, problems: dict[str, list[str]]) -> None:
+    """Raises one error that lists what is wrong, if anything is."""
     lines = [f"  {len(names)} {what}: {listed(names)}" for what, names in problems.items() if names]
     if lines:
         remedy = "use weights and config.json of the same model"

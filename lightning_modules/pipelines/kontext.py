@@ -12,14 +12,22 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.utils import logging as diffusers_logging
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from data_pipeline.transforms import fit_size, to_tensor
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.autoencoder import decode_latents, encode_moments, sample_latents
-from lightning_modules.networks.loading import CheckpointError, check_weights, read_json, require_parts, stored_shapes
+from lightning_modules.networks.loading import (
+    CheckpointError,
+    check_weights,
+    load_text_encoder,
+    read_json,
+    require_parts,
+)
 from lightning_modules.samplers.guidance import guide
 from lightning_modules.samplers.ode import euler
 from lightning_modules.samplers.timesteps import schedule
@@ -32,6 +40,12 @@ EDIT_NEGATIVE_PROMPT = (
 )
 STOCK_PIPELINE = "StableDiffusion3Pipeline"
 STOCK_TRANSFORMER = ["diffusers", "SD3Transformer2DModel"]
+TEXT_ENCODERS = {
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+OUTPUTS = ("pil", "np", "pt", "latent")
 Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
 
 
@@ -42,12 +56,14 @@ class KontextPipeline(StableDiffusion3Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> KontextPipeline:
         """Loads a checkpoint folder or hub id, `transformer/` always as KontextTransformer, safetensors only."""
         folder = Path(pretrained_model_name_or_path)
-        if folder.exists() or len(folder.parts) != 2:  # anything but a hub id, which is owner/name
+        # Anything but a hub id, which is owner/name; where the owner's part is a folder here, a path was meant.
+        if folder.exists() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
             require_parts(folder, ("transformer", "vae", "scheduler"))
+            check_scheduler(folder / "scheduler")
             check_weights(AutoencoderKL, folder / "vae", {"AutoencoderKL"})
-            for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-                if (folder / part).is_dir():
-                    stored_shapes(folder / part)
+            for part, encoder in TEXT_ENCODERS.items():
+                if (folder / part).is_dir() and part not in kwargs:
+                    kwargs[part] = load_text_encoder(encoder, folder / part, kwargs.get("torch_dtype"))
         if "transformer" not in kwargs:
             kwargs["transformer"] = KontextTransformer.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", torch_dtype=kwargs.get("torch_dtype")
@@ -139,6 +155,11 @@ class KontextPipeline(StableDiffusion3Pipeline):
             max_sequence_length: T5 tokens.
             return_dict: whether to wrap the pictures as diffusers does.
         """
+        if output_type not in OUTPUTS or num_inference_steps < 1:
+            raise CheckpointError(
+                f"output_type is {output_type!r} and num_inference_steps {num_inference_steps}; expected one of "
+                f"{', '.join(OUTPUTS)} and at least 1 step"
+            )
         positive = self._embeddings(prompt, prompt_embeds, pooled_prompt_embeds, max_sequence_length, "prompt")
         count, device = len(positive[0]), positive[0].device
         references = group_references(image, count)
@@ -154,10 +175,10 @@ class KontextPipeline(StableDiffusion3Pipeline):
         encoded = self._encode_references(references, (height, width), generator) if references else None
         if latents is None:
             shape = (count, self.transformer.config.in_channels, *self._latent_size(height, width))
-            latents = torch.randn(shape, generator=generator).to(device)
+            latents = randn_tensor(shape, generator=generator, device=device)
         velocity = self._velocity(positive, negative, encoded, guidance_scale)
         sigmas = schedule(num_inference_steps, self.scheduler.config.shift, self.scheduler.config.num_train_timesteps)
-        x = euler(velocity, latents, sigmas)
+        x = euler(velocity, latents.to(device), sigmas)
         pictures = x if output_type == "latent" else to_output(decode_latents(self.vae, x), output_type)
         return StableDiffusion3PipelineOutput(images=pictures) if return_dict else (pictures,)
 
@@ -212,7 +233,7 @@ class KontextPipeline(StableDiffusion3Pipeline):
     def _sample(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         moments = encode_moments(self.vae, pixels.to(self._execution_device))
         mean = moments.chunk(2, dim=1)[0]
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device)
         return sample_latents(self.vae, moments, noise)
 
     def _velocity(
@@ -244,6 +265,17 @@ class KontextPipeline(StableDiffusion3Pipeline):
         return velocity
 
 
+def check_scheduler(folder: Path) -> None:
+    """Checks that a scheduler is the Euler scheduler of rectified flow with a fixed shift, as sampling here has it."""
+    config = read_json(folder / "scheduler_config.json")
+    found = (config.get("_class_name"), config.get("shift"), bool(config.get("use_dynamic_shifting")))
+    if found[0] != "FlowMatchEulerDiscreteScheduler" or not isinstance(found[1], int | float) or found[2]:
+        raise CheckpointError(
+            f"{folder / 'scheduler_config.json'} describes a {found[0]} with shift {found[1]}, dynamic shifting "
+            f"{found[2]}; expected FlowMatchEulerDiscreteScheduler with a fixed shift"
+        )
+
+
 def group_references(image: Images | None, count: int) -> list[list[Image.Image]] | None:
     """References of each of `count` prompts, or None where there are none at all."""
     if image is None:
@@ -264,6 +296,4 @@ def to_output(pixels: Float[Tensor, "b 3 h w"], output_type: str) -> Any:
     array = unit.permute(0, 2, 3, 1).cpu().numpy()
     if output_type == "np":
         return array
-    if output_type != "pil":
-        raise ValueError(f"output_type is {output_type!r}; expected pil, np, pt or latent")
     return [Image.fromarray(picture) for picture in np.rint(array * 255).astype(np.uint8)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_modules.pipelines.kontext import KontextPipeline
 
+logger = logging.getLogger(__name__)
 CHUNK = 32  # prompts encoded together: one fixed geometry, so that a result does not depend on its neighbours
 
 
@@ -42,18 +44,33 @@ class PromptCache:
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def fill(self, prompts: Iterable[str]) -> None:
-        """Embeds prompts ahead of need, as many as fit in memory."""
+        """Embeds prompts ahead of need, as many as fit in memory, and says how many T5 reads in part only."""
+        cut, seen = 0, 0
+        for chunk in self._chunks(prompts):
+            sequence, pooled = self(chunk)
+            seen, cut = seen + len(chunk), cut + self._longer_than_t5(chunk)
+            if self._bytes + sequence.nbytes + pooled.nbytes > self.max_bytes:
+                break
+        if cut:
+            logger.warning(
+                "%d of %d texts are longer than %d T5 tokens and are cut", cut, seen, self.pipeline.t5_tokens
+            )
+
+    def _chunks(self, prompts: Iterable[str]) -> Iterator[list[str]]:
+        """Distinct prompts that are not remembered yet."""
         chunk: dict[str, None] = {}
         for prompt in prompts:
             if prompt not in self._entries:
                 chunk[prompt] = None
             if len(chunk) == CHUNK:
-                sequence, pooled = self(list(chunk))
+                yield list(chunk)
                 chunk.clear()
-                if self._bytes + sequence.nbytes + pooled.nbytes > self.max_bytes:
-                    return
         if chunk:
-            self(list(chunk))
+            yield list(chunk)
+
+    def _longer_than_t5(self, prompts: Sequence[str]) -> int:
+        tokenizer = self.pipeline.tokenizer_3
+        return 0 if tokenizer is None else sum(len(t) > self.pipeline.t5_tokens for t in tokenizer(prompts).input_ids)
 
     def _remember(self, prompt: str, fresh: dict[str, tuple[Tensor, Tensor]]) -> None:
         if prompt in self._entries:

@@ -2,8 +2,9 @@
 
 python tests/benchmarks/framework_overhead.py [--steps 60] [--rounds 5]
 
-Bare: the module's own loss, backward, clipping, AdamW and schedule. Fit: the Trainer with every callback of
-configs/edit.yaml. Both take the same batches, ready in memory. Prints the ratio of medians; 1.05 is the bar.
+Bare: the module's own loss, backward, clipping, AdamW and schedule. Fit: the Trainer with the callbacks of
+configs/edit.yaml that work at every step. Both take the same batches, ready in memory. Prints the ratio of medians;
+1.05 is the bar.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from callbacks.atomic import partial_path, replace_folder
 from data_pipeline.errors import InputError
 
 IO = AtomicCheckpointIO()
-OLD, NEW = {"w": torch.arange(1000)}, {"w": torch.arange(500_000)}
+OLD, NEW = ({"state_dict": {}, "pytorch-lightning_version": "2", "w": torch.arange(size)} for size in (1000, 500_000))
 
 
 @pytest.fixture

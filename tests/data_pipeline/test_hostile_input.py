@@ -24,6 +24,7 @@ from data_pipeline.shards import upright_size, write_shard
 from data_pipeline.sources import Folder, Manifest
 from data_pipeline.sources.protocol import Source, Unit
 from data_pipeline.steps import Decode
+from data_pipeline.steps.pixels import pixels
 from data_pipeline.transforms import decode
 
 
@@ -64,6 +65,13 @@ def test_a_phones_picture_of_several_frames_is_read_and_an_animation_refused() -
     assert isinstance(kept, EncodedImage) and kept.extension == "jpg" and decode(kept.data).size == (32, 24)
     animation = encoded((20, 12), "WEBP", save_all=True, append_images=[Image.new("RGB", (20, 12))])
     assert Decode().check(EncodedImage(animation, "webp")) == ("animated", "2 frames")
+
+
+def test_grey_of_16_bits_keeps_its_brightness() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((12, 20), 32768, np.uint16)).save(buffer, "PNG")
+    assert decode(buffer.getvalue()).getpixel((3, 3)) == (128, 128, 128)
+    assert pixels(EncodedImage(buffer.getvalue(), "png"))[3, 3].tolist() == [128, 128, 128]
 
 
 def test_formats_outside_the_list_are_refused_whatever_their_name() -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import KEEP, SUFFIX, sample_id, with_scores
+from data_pipeline.index import KEEP, LOCATION, SUFFIX, sample_id, with_scores
 from data_pipeline.select import Selection, first_of_near, near_pairs, report, select
 from data_pipeline.steps.columns import column
 
@@ -88,6 +88,7 @@ def test_near_duplicates_are_within_the_bits_and_the_first_is_kept(folder) -> No
     path = folder(rows(6, phash=[0b0, 0b111, 0b1111111, None, None, 0b0]))
     assert kept(path, Selection(near=3)) == [0, 2, 3, 4]
     assert kept(path, Selection(near=0)) == [0, 1, 2, 3, 4]
+    assert kept(folder(rows(3, phash=[None, 0, 0])), Selection(near=0)) == [0, 1]
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 8])
@@ -147,3 +148,13 @@ def test_a_wrong_rule_is_one_clear_error(rules: dict, expected: str, folder) -> 
     with pytest.raises(InputError, match=expected):
         select(path, Selection(**rules))
     assert not (path / KEEP).exists()
+
+
+def test_pictures_that_were_not_read_cannot_be_compared(tmp_path: Path) -> None:
+    schema = with_scores([]).with_metadata({LOCATION: "/elsewhere/a.tar"})
+    pq.write_table(pa.Table.from_pylist(rows(2), schema=schema), tmp_path / "a.index.parquet")
+    (tmp_path / "list.txt").write_text("ab" * 32)
+    for rules in ({"duplicates": "picture"}, {"takedown": [str(tmp_path / "list.txt")]}):
+        with pytest.raises(InputError, match="made from headers alone"):
+            select(tmp_path, Selection(**rules))
+    assert len(kept(tmp_path, Selection())) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from micro import micro_folder
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.loading import CheckpointError
@@ -104,8 +106,9 @@ def test_mistakes_are_named(pipeline: KontextPipeline, tmp_path: Path) -> None:
         pipeline("x", height=60, width=30)
     with pytest.raises(ValueError, match="for each of 2 prompts, got 1"):
         pipeline(["a", "b"], image=[picture()])
-    with pytest.raises(ValueError, match="expected pil, np, pt or latent"):
-        pipeline("x", output_type="jpeg", num_inference_steps=1)
+    for options in ({"output_type": "jpeg"}, {"num_inference_steps": 0}):
+        with pytest.raises(CheckpointError, match="expected one of pil, np, pt, latent and at least 1 step"):
+            pipeline("x", **options)
     with pytest.raises(CheckpointError, match="no checkpoint folder"):
         KontextPipeline.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -115,3 +118,42 @@ def test_mistakes_are_named(pipeline: KontextPipeline, tmp_path: Path) -> None:
     (folder / "transformer").rename(folder / "dit")
     with pytest.raises(CheckpointError, match=r"lacks transformer; it has .*dit"):
         KontextPipeline.from_pretrained(folder)
+
+
+def without(folder: Path, part: str, name: str) -> None:
+    file = next((folder / part).glob("*.safetensors"))
+    save_file({n: t for n, t in load_file(file).items() if n != name}, file, metadata={"format": "pt"})
+
+
+def misshapen(folder: Path, part: str, name: str) -> None:
+    file = next((folder / part).glob("*.safetensors"))
+    save_file({**load_file(file), name: torch.zeros(3)}, file, metadata={"format": "pt"})
+
+
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True}
+DAMAGE = {
+    "T5 lacks a weight": (
+        lambda f: without(f, "text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        r"text_encoder_3.*\n  1 missing: encoder.block.0.layer.0.SelfAttention.q.weight",
+    ),
+    "CLIP of another shape": (
+        lambda f: misshapen(f, "text_encoder", "text_projection.weight"),
+        r"text_encoder.*\n  1 misshapen: text_projection.weight is \[3\]",
+    ),
+    "CLIP's config": (lambda f: (f / "text_encoder_2" / "config.json").write_text("{"), "text_encoder_2"),
+    "no T5": (lambda f: shutil.rmtree(f / "text_encoder_3"), "lacks text_encoder_3"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks tokenizer_2"),
+    "scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("{}"), "expected FlowMatchEuler"),
+    "dynamic shifting": (
+        lambda f: (f / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER)),
+        "dynamic shifting True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_part_that_does_not_fit_is_named_and_nothing_is_drawn_in_its_place(name: str, tmp_path: Path) -> None:
+    damage, expected = DAMAGE[name]
+    damage(micro_folder(tmp_path / "folder"))
+    with pytest.raises(CheckpointError, match=expected):
+        KontextPipeline.from_pretrained(tmp_path / "folder")
