@@ -21,7 +21,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (15, 15, 15),
     "pink": (245, 190, 200),
 }
-SIZES = {"small": 7.0, "large": 11.0}  # half extents in pixels
+SIZES = {"small": 8.0, "large": 11.0}  # half extents in pixels
 CELL = 32  # pixels
 
 
