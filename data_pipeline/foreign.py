@@ -29,8 +29,8 @@ from data_pipeline.headers import Ranges, Refused, upright_size
 from data_pipeline.index import LOCATION, SUFFIX, sample_id, with_scores
 from data_pipeline.progress import progress
 from data_pipeline.records import EncodedImage, Record, Rejected, TextImageRecord, slug
-from data_pipeline.shards import atomic_write
-from data_pipeline.sources.folder import EXTENSIONS
+from data_pipeline.shards import about, atomic_write
+from data_pipeline.sources.folder import extension_of
 from data_pipeline.sources.webdataset import MAX_TEXT, TEXTS, json_member, own_record, storable
 from data_pipeline.steps.decode import Decode
 from data_pipeline.steps.quality import Quality
@@ -201,11 +201,6 @@ def looked_into(
         yield item
 
 
-def extension_of(rest: str) -> str:
-    """The extension of a picture, "" of anything else."""
-    return EXTENSIONS.get("." + rest.rpartition(".")[2].lower(), "")
-
-
 def text_of(file: Ranges, member: TarMember) -> bytes:
     """A text member's bytes."""
     if member.size > MAX_TEXT:
@@ -216,12 +211,10 @@ def text_of(file: Ranges, member: TarMember) -> bytes:
 
 def picture_of(file: Ranges, member: TarMember) -> tuple[int, int]:
     """Width and height of a picture member, within the limits of building."""
-    width, height = upright_size(file, member.offset, member.size)
-    if width * height > LIMITS.max_pixels:
-        raise Refused("too_many_pixels", f"{width} x {height} pixels, at most {LIMITS.max_pixels} in all")
-    if min(width, height) < LIMITS.min_side:
-        raise Refused("too_small", f"{width} x {height} pixels, each side at least {LIMITS.min_side}")
-    return width, height
+    size = upright_size(file, member.offset, member.size)
+    if refused := LIMITS.refused_size(*size):
+        raise Refused(*refused)
+    return size
 
 
 def described(sample: Sample, found: dict[int, Found], location: str) -> tuple[Record, dict[str, str]]:
@@ -253,11 +246,8 @@ def described(sample: Sample, found: dict[int, Found], location: str) -> tuple[R
 
 def checked(record: Record) -> Record:
     """The record, if its facts can be stored and its text is one that a build would keep."""
-    length = len(storable(record).prompt.strip())
-    if not length:
-        raise Refused("empty_text", "the caption or instruction is empty")
-    if length > LIMITS.max_text:
-        raise Refused("text_too_long", f"{length} characters, at most {LIMITS.max_text}")
+    if refused := LIMITS.refused_text(storable(record).prompt):
+        raise Refused(*refused)
     return record
 
 
@@ -268,14 +258,8 @@ def rows_of(
     members = {field: sample.members[rest] for field, rest in fields.items()}
     sizes = {field: size for field, member in members.items() if isinstance(size := found[member.offset], tuple)}
     common = {
-        "key": record.key,
+        **about(record),
         "sample_id": sample_id(f"{location} {record.key}"),  # tars by others number their samples alike
-        "kind": record.kind,
-        "split": record.split,
-        "origin": record.origin,
-        "licence": record.licence,
-        "text_length": len(record.prompt),
-        "text_sha256": hashlib.sha256(record.prompt.encode()).digest(),
         "min_side": min((min(size) for size in sizes.values()), default=None),
         "aspect": max((max(size) / min(size) for size in sizes.values()), default=None),
         "words": len(record.prompt.split()),

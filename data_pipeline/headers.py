@@ -6,10 +6,11 @@ import struct
 from collections.abc import Callable
 from typing import IO, cast
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data_pipeline.errors import InputError
 from data_pipeline.shards import SIDEWAYS
+from data_pipeline.steps.decode import UNKNOWN
 
 WINDOW = 4096  # bytes taken at a time: a header, a picture's beginning and short texts lie within
 MAX_HEADER = 1 << 20  # bytes of one picture that are read for its size: profiles and previews may come before it
@@ -92,6 +93,8 @@ def upright_size(file: Ranges, offset: int, size: int) -> tuple[int, int]:
         raise
     except Image.DecompressionBombError as error:
         raise Refused("too_many_pixels", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise Refused("unreadable_image", UNKNOWN) from error
     except Exception as error:  # a hostile file may raise anything inside a parser
         raise Refused("unreadable_image", f"{type(error).__name__}: {error}") from error
     return (height, width) if orientation in SIDEWAYS else (width, height)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -108,7 +108,7 @@ def sidecars(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"there is no folder of shards at {folder}; {remedy}")
     shards = sorted(folder.glob("*.tar"))
-    if not shards and (indexes := [path for path in sorted(folder.glob(f"*{SUFFIX}")) if _location(path)]):
+    if not shards and (indexes := [path for path in sorted(folder.glob(f"*{SUFFIX}")) if location(path)]):
         return indexes
     if not shards:
         raise InputError(f"{folder} holds no shards (*.tar); {remedy}")
@@ -138,12 +138,20 @@ def kept_ids(folder: Path) -> set[int] | None:
         raise InputError(f"{folder / KEEP} is damaged, select again: {error}") from error
 
 
-def _location(path: Path) -> str:
-    """Where the tar of a sidecar lies, "" if beside it."""
+def location(path: Path) -> str:
+    """Where the tar of a sidecar made from headers alone lies, "" for a shard built here, which lies beside it."""
     try:
         return (pq.read_schema(path).metadata or {}).get(LOCATION, b"").decode()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is damaged, build the shards again: {error}") from error
+
+
+def shard_of(path: Path, facts: Mapping[bytes, bytes]) -> Path | str:
+    """The tar of a sidecar, by the metadata in it: a file, or a URL as a text."""
+    found = facts.get(LOCATION, b"").decode()
+    if remote.is_url(found):
+        return found
+    return Path(found) if found else path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
 
 
 def _grouped(path: Path) -> Iterable[IndexedRecord]:
@@ -154,9 +162,7 @@ def _grouped(path: Path) -> Iterable[IndexedRecord]:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is damaged, build the shards again: {error}") from error
     facts = table.schema.metadata or {}
-    location = facts.get(LOCATION, b"").decode()
-    beside = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
-    shard = (location if remote.is_url(location) else Path(location)) if location else beside
+    shard = shard_of(path, facts)
     place = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]  # the stamp is part of it
     for row in table.to_pylist():
         if current is None or current.key != row["key"]:

@@ -18,27 +18,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_pipeline import remote
 from data_pipeline.charts import Histogram, chart, histogram
 from data_pipeline.errors import InputError
-from data_pipeline.index import COLUMNS, KEEP, LOCATION, SCHEMA, SUFFIX, IndexedRecord, Member, read_member, sidecars
+from data_pipeline.index import COLUMNS, KEEP, SCHEMA, IndexedRecord, Member, read_member, shard_of, sidecars
 from data_pipeline.progress import progress
 from data_pipeline.records import EncodedImage
 from data_pipeline.report import Categories, Figure, Picture, Report, Stage, render
 from data_pipeline.shards import MANIFEST, atomic_write, read_manifest, upright_size
+from data_pipeline.sources.folder import EXTENSIONS
+from data_pipeline.sources.webdataset import MAX_TEXT, TEXTS
 from data_pipeline.steps.decode import Decode
 from data_pipeline.steps.pixels import pixels
 
 THUMBNAIL = 384  # pixels of the longer side, enough to look at it enlarged
 TINY = 128  # pixels up to which a picture is kept exactly
-MAX_TEXT = 1 << 20  # bytes of a text or JSON member that is read
 SAMPLE = 256  # records whose metadata is counted, which only the tars hold: shares to within a few percent
 EXACT = 2**53  # integers beyond it are fingerprints, not quantities
 PLAIN = ("kind", "split", "origin", "licence")
 IDENTITY = ("key", "kind", "split", "sample_id")  # columns that are fields of an IndexedRecord
 PLACE = ("offset", "size", "width", "height", "extension")  # and of a Member
-PICTURES = ("png", "jpg", "jpeg", "webp")
-TEXTS = ("txt", "caption", "text")  # what tars by others call a caption, as a member or a field
+PICTURES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 LIMITS = Decode(min_side=1)
 
 
@@ -207,9 +206,7 @@ def load(index: Index, numbers: np.ndarray) -> dict[int, IndexedRecord]:
     for file in progress(files, len(files), "shards"):
         path = index.listed[file]
         table = pq.read_table(path, columns=COLUMNS)
-        location = (table.schema.metadata or {}).get(LOCATION, b"").decode()
-        beside = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
-        shard = (location if remote.is_url(location) else Path(location)) if location else beside
+        shard = shard_of(path, table.schema.metadata or {})
         ends = np.append(index.row[index.file == file], table.num_rows)
         for i in numbers[index.file[numbers] == file].tolist():
             start = index.row[i]

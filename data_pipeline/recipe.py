@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor, build
 from data_pipeline.executors.local import Local
+from data_pipeline.executors.task import BatchStep, ScoreStep, score_columns
 from data_pipeline.index import with_scores
 from data_pipeline.select import Selection
 
@@ -44,7 +45,7 @@ class Recipe:
 
     def build(self, output: Path, executor: Executor = Local()) -> dict[str, Any]:  # noqa: B008
         """Runs the recipe and returns the manifest."""
-        with_scores([column for step in self.steps if hasattr(step, "columns") for column in step.columns()])
+        with_scores(score_columns(self.steps))  # a column named twice is refused before anything is read
         size, settings = self.records_per_shard, self.settings
         return build(self.source, self.steps, output, size, settings, executor, self.max_rejected)
 
@@ -79,7 +80,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"recipe {path}: steps is {listed!r}; expected a list, each with a class_path")
     steps = [configured(step, f"steps.{i}") for i, step in enumerate(listed)]
     for spec, step in zip(listed, steps, strict=True):
-        if not (callable(step) or hasattr(step, "score") or hasattr(step, "rewrite")):
+        if not (callable(step) or isinstance(step, ScoreStep | BatchStep)):
             raise InputError(f"recipe {path}: {spec['class_path']} is no step; see data_pipeline.steps")
     size = content.get("records_per_shard", 4096)
     if type(size) is not int or size < 1:

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import KEEP, LOCATION, TEXT_FIELDS, sidecars
+from data_pipeline.index import KEEP, TEXT_FIELDS, location, sidecars
 from data_pipeline.shards import atomic_write
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio: spreads a key over the upper bits
@@ -86,7 +86,8 @@ def select(folder: Path, rules: Selection) -> list[tuple[str, int, int]]:
     forbidden, hashes = read_lists(rules.decontaminate)
     if rules.duplicates or members or hashes:
         check_hashed(listed)
-    if len(perceptual(forbidden)) and "phash" not in columns:
+    alike = perceptual(forbidden)
+    if len(alike) and "phash" not in columns:
         raise InputError("decontaminate lists perceptual hashes, but not every index has the column phash; build anew")
     table = record_rows(listed, columns)
     funnel: list[tuple[str, int, int]] = []
@@ -103,7 +104,7 @@ def select(folder: Path, rules: Selection) -> list[tuple[str, int, int]]:
     if rules.decontaminate:
         keep = ~holds_member(listed, table, hashes)
         if "phash" in table.column_names:
-            keep &= ~near_any(table["phash"], perceptual(forbidden), rules.near or 0)
+            keep &= ~near_any(table["phash"], alike, rules.near or 0)
         narrow("decontaminate", keep)
     if rules.duplicates:
         names = ["pictures_sha256", *(["text_sha256"] if rules.duplicates == "record" else [])]
@@ -143,7 +144,7 @@ def needed_columns(listed: Sequence[Path], rules: Selection) -> list[str]:
 def check_hashed(listed: Sequence[Path]) -> None:
     """Refuses rules that compare pictures where indexes were made from headers alone: they would find nothing."""
     for path in listed:
-        if LOCATION in (pq.read_schema(path).metadata or {}):
+        if location(path):
             raise InputError(
                 f"{path} was made from headers alone, so the sha256 of its pictures is unknown: leave out duplicates "
                 "and lists of sha256, or build shards from its tars (data_pipeline.sources.WebDataset)"

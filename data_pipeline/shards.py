@@ -109,20 +109,27 @@ def write_shard(path: Path, records: Iterable[Scored], columns: Sequence[pa.Fiel
     return {"name": path.name, "sha256": digest, "bytes": size, "records": len(keys)}
 
 
-def add_record(tar: tarfile.TarFile, record: Record, scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Adds a record's members to the tar and yields their rows of the index."""
-    pictures = {name: (image.extension, image.data, upright_size(image.data)) for name, image in record.images.items()}
-    hashes = {name: hashlib.sha256(image.data).digest() for name, image in record.images.items()}
-    members = {**pictures, "json": ("json", describe(record, hashes), (0, 0))}
-    common = {
+def about(record: Record) -> dict[str, Any]:
+    """What every row of an index says of its record, but for what follows from the pictures' bytes."""
+    return {
         "key": record.key,
-        "sample_id": sample_id(record.key),
         "kind": record.kind,
         "split": record.split,
         "origin": record.origin,
         "licence": record.licence,
         "text_length": len(record.prompt),
         "text_sha256": hashlib.sha256(record.prompt.encode()).digest(),
+    }
+
+
+def add_record(tar: tarfile.TarFile, record: Record, scores: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Adds a record's members to the tar and yields their rows of the index."""
+    pictures = {name: (image.extension, image.data, upright_size(image.data)) for name, image in record.images.items()}
+    hashes = {name: hashlib.sha256(image.data).digest() for name, image in record.images.items()}
+    members = {**pictures, "json": ("json", describe(record, hashes), (0, 0))}
+    common = {
+        **about(record),
+        "sample_id": sample_id(record.key),
         "pictures_sha256": hashlib.sha256(b"".join(hashes.values())).digest() if hashes else None,
         **scores,
     }

@@ -22,11 +22,9 @@ from callbacks.nonfinite import NonFiniteError
 from callbacks.summary import SUMMARY, Summary
 from data_pipeline.errors import InputError
 from lightning_modules import commands
+from lightning_modules.commands import RUNS
 from lightning_modules.evaluation.scenes import SceneBenchmark
 from lightning_modules.networks.loading import CheckpointError
-
-RUNS = Path("runs")
-
 
 VERSION = "_UNIPIC_LIGHTNING_VERSION"  # in the environment, so that the processes of all ranks resume the same run
 # What may differ when a run is resumed: how far and on what it runs, not what it computes.
@@ -95,12 +93,9 @@ def flattened(content: Any, name: str = "") -> dict[str, Any]:
 
 
 def run_name() -> str:
-    """The config's path below configs/, without its ending: configs/sd35m/edit.yaml is sd35m/edit."""
+    """The name of the command line's config."""
     config = config_path(sys.argv[1:])
-    if config is None:
-        return "run"
-    parts = config.with_suffix("").parts
-    return str(Path(*parts[parts.index("configs") + 1 :])) if "configs" in parts else config.stem
+    return "run" if config is None else commands.run_name(config)
 
 
 def config_path(argv: Sequence[str]) -> Path | None:

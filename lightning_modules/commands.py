@@ -25,6 +25,7 @@ from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.pipelines import KontextPipeline
 
 COMMANDS = ("test", "predict")
+RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,19 @@ def overridden(config: dict, words: Sequence[str]) -> dict:
     return config
 
 
+def run_name(config: Path) -> str:
+    """A config's path below configs/, without its ending.
+
+    >>> run_name(Path("configs/sd35m/edit.yaml"))
+    'sd35m/edit'
+    """
+    parts = config.with_suffix("").parts
+    return str(Path(*parts[parts.index("configs") + 1 :])) if "configs" in parts else config.stem
+
+
 def load_export(arguments: argparse.Namespace) -> KontextPipeline:
     """The pipeline of --export, or of the config's last finished run."""
-    parts = arguments.config.with_suffix("").parts
-    name = Path(*parts[parts.index("configs") + 1 :]) if "configs" in parts else Path(parts[-1])
-    folder = arguments.export or Path("runs") / name / "latest" / "export"
+    folder = arguments.export or RUNS / run_name(arguments.config) / "latest" / "export"
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no export {folder}; train one (fit -c {arguments.config}) or give --export FOLDER"

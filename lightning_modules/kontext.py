@@ -125,8 +125,7 @@ class KontextModule(L.LightningModule):
         self._prompts = PromptCache(self._pipeline)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
-        if self.compile_blocks:
-            compile_blocks(self.transformer)
+        self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
 
     def on_fit_start(self) -> None:
         """Embeds the captions ahead where the data can name them, as many as fit in memory: steps look them up."""

@@ -102,8 +102,7 @@ def run_task(task: Task, source: Source, steps: Sequence[Step], output: Path) ->
     for name, step in zip(names, steps, strict=True):
         items = batched(step, stream) if isinstance(step, ScoreStep | BatchStep) else mapped(step, stream)
         stream = funnel.stage(name, items)
-    columns = [column for step in steps if isinstance(step, ScoreStep) for column in step.columns()]
-    shard = write_shard(output / f"{task.stem}.tar", tallied(stream, kinds), columns)
+    shard = write_shard(output / f"{task.stem}.tar", tallied(stream, kinds), score_columns(steps))
     report = {
         "unit": task.unit.name,
         "stages": funnel.stages,
@@ -117,6 +116,11 @@ def run_task(task: Task, source: Source, steps: Sequence[Step], output: Path) ->
     data = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False).encode()
     atomic_write(output / f"{task.stem}.task.json", data)
     return report
+
+
+def score_columns(steps: Sequence[Step]) -> list[pa.Field]:
+    """The columns that steps add to the index."""
+    return [column for step in steps if isinstance(step, ScoreStep) for column in step.columns()]
 
 
 def counted(items: Iterable[Record | Rejected], funnel: Funnel) -> Iterator[Item]:

@@ -16,6 +16,15 @@ EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 MAX_BYTES = 1 << 28  # of a file: no picture of an allowed size needs more, and a larger one would fill the memory
 
 
+def extension_of(name: str) -> str:
+    """The extension that a picture of this name is stored with, "" for anything else; the name may be all extension.
+
+    >>> extension_of("target.JPEG"), extension_of("png"), extension_of("json")
+    ('jpg', 'png', '')
+    """
+    return EXTENSIONS.get("." + name.rpartition(".")[2].lower(), "")
+
+
 def existing_path(path: str, expected: str) -> Path:
     """The path a source was given, or one clear error."""
     if not path:

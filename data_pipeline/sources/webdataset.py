@@ -17,7 +17,7 @@ from data_pipeline.index import sidecar
 from data_pipeline.records import KEY_PATTERN, EncodedImage, ReasoningRecord, Record, Rejected, facts, record_from, slug
 from data_pipeline.sources.conversations import RowError
 from data_pipeline.sources.drafts import draft
-from data_pipeline.sources.folder import EXTENSIONS, MAX_BYTES, existing_path
+from data_pipeline.sources.folder import MAX_BYTES, existing_path, extension_of
 from data_pipeline.sources.layouts import columns_of
 from data_pipeline.sources.protocol import Unit, digest
 from data_pipeline.tars import Defect, Sample, samples, scan
@@ -52,13 +52,16 @@ class WebDataset:
 
     def units(self, records: int) -> Iterator[Unit]:
         """One unit a tar."""
+        for name, tar in self.tars():
+            yield Unit(name, {"file": name}, content_hash(tar))
+
+    def tars(self) -> list[tuple[str, Path]]:
+        """The tars and their names below `path`, in order."""
         path = existing_path(self.path, "a tar or a folder of tars")
         tars = sorted(path.rglob("*.tar")) if path.is_dir() else [path]
         if not tars:
             raise InputError(f"source.path {path} holds no *.tar")
-        for tar in tars:
-            name = tar.relative_to(path).as_posix() if path.is_dir() else tar.name
-            yield Unit(name, {"file": name}, content_hash(tar))
+        return [(tar.relative_to(path).as_posix() if path.is_dir() else tar.name, tar) for tar in tars]
 
     def read(self, unit: Unit) -> Iterator[Record | Rejected]:
         path = Path(self.path)
@@ -80,8 +83,9 @@ class WebDataset:
         try:
             content = {rest: read_checked(file, sample, rest, promised) for rest in sample.members}
             found = json_member(content)
-            extensions = {rest: EXTENSIONS.get(Path(f"x.{rest}").suffix.lower()) for rest in content}
-            images = {rest: EncodedImage(content[rest], known) for rest, known in extensions.items() if known}
+            images = {
+                rest: EncodedImage(data, known) for rest, data in content.items() if (known := extension_of(rest))
+            }
             if {"kind", "metadata"} <= found.keys():
                 check_pictures(content, found.get("sha256"))
                 return storable(own_record(sample.key, found, images))
@@ -145,7 +149,7 @@ class Damaged(ValueError):
 def read_checked(file: BinaryIO, sample: Sample, rest: str, promised: Promised) -> bytes:
     """A member's bytes, within the limits and, where an index says what they should be, as they should be."""
     member = sample.members[rest]
-    limit = MAX_BYTES if Path(f"x.{rest}").suffix.lower() in EXTENSIONS else MAX_TEXT
+    limit = MAX_BYTES if extension_of(rest) else MAX_TEXT
     if member.size > limit:
         raise ValueError(f"{rest} has {member.size} bytes, at most {limit}")
     file.seek(member.offset)

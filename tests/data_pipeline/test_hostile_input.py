@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tables import read
 
 from data_pipeline.__main__ import main
 from data_pipeline.errors import InputError
@@ -22,14 +23,10 @@ from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.records import EditRecord, EncodedImage, Record, Rejected, TextImageRecord
 from data_pipeline.shards import upright_size, write_shard
 from data_pipeline.sources import Folder, Manifest
-from data_pipeline.sources.protocol import Source, Unit
+from data_pipeline.sources.protocol import Unit
 from data_pipeline.steps import Decode
 from data_pipeline.steps.pixels import pixels
 from data_pipeline.transforms import decode
-
-
-def everything(source: Source) -> list[Record | Rejected]:
-    return [item for unit in source.units(4096) for item in source.read(unit)]
 
 
 def encoded(size: tuple[int, int] = (20, 12), form: str = "PNG", **options: object) -> bytes:
@@ -93,7 +90,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_build(tmp_path: Path) -> No
     add(root, "broken.png", b"")
     (root / "broken.png").unlink()
     (root / "broken.png").symlink_to("/proc/self/mem")  # reading its first byte is an input/output error
-    good, broken = sorted(everything(Folder(str(root))), key=lambda item: isinstance(item, Rejected))
+    good, broken = sorted(read(Folder(str(root))), key=lambda item: isinstance(item, Rejected))
     assert isinstance(broken, Rejected) and broken.reason == "unreadable_file"
     assert isinstance(good, TextImageRecord) and good.caption == "with a byte order mark"
 
@@ -101,7 +98,7 @@ def test_a_file_that_cannot_be_read_does_not_end_the_build(tmp_path: Path) -> No
 def test_a_file_too_large_for_memory_is_not_read(tmp_path: Path) -> None:
     add(tmp_path / "in", "huge.png", b"")
     os.truncate(tmp_path / "in" / "huge.png", 1 << 40)
-    assert [item.reason for item in everything(Folder(str(tmp_path / "in")))] == ["file_too_large"]
+    assert [item.reason for item in read(Folder(str(tmp_path / "in")))] == ["file_too_large"]
 
 
 def test_a_file_name_that_is_not_utf8_is_stored_readably(tmp_path: Path) -> None:
@@ -147,7 +144,7 @@ def test_a_manifest_line_is_read_or_refused_by_name(line: bytes, reason: str | N
     (root / "link.png").symlink_to(tmp_path / "outside.png")
     (root / "loop.png").symlink_to("loop.png")
     (root / "e.jsonl").write_bytes(line + b"\n" + GOOD.replace(b"caf", b"tea") + b"\n")
-    first, second = everything(Manifest(str(root / "e.jsonl")))
+    first, second = read(Manifest(str(root / "e.jsonl")))
     assert isinstance(second, EditRecord) and second.instruction == "teaé"
     if reason is None:
         assert isinstance(first, EditRecord) and first.instruction == "café"

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from tables import read, write
 
 from data_pipeline.errors import InputError
 from data_pipeline.recipe import load_recipe
@@ -31,7 +28,6 @@ from data_pipeline.records import (
 )
 from data_pipeline.sources import Folder, Manifest, UrlList, WebDataset
 from data_pipeline.sources.lines import MAX_LINE
-from data_pipeline.sources.protocol import Source
 
 NAMES = ("a.png", "b.jpg", "c.webp", "d.png")
 
@@ -52,27 +48,6 @@ def root(tmp_path: Path) -> Path:
     for name, data in DATA.items():
         (tmp_path / name).write_bytes(data)
     return tmp_path
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Writes rows in the format of the file's extension."""
-    match path.suffix:
-        case ".jsonl":
-            path.write_text("\n".join(json.dumps(row) for row in rows))
-        case ".json":
-            path.write_text(json.dumps(rows, indent=2))
-        case ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        case suffix:
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
-                writer.writeheader()
-                writer.writerows(rows)
-    return str(path)
-
-
-def read(source: Source, records: int = 4096) -> list[Any]:
-    return [item for unit in source.units(records) for item in source.read(unit)]
 
 
 def bytes_of(record: Record) -> list[bytes]:
