@@ -161,7 +161,7 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, recipe: Recipe) -> None:
 
 
 def training_pictures(recipe: Recipe, count: int = 3500, textures: int = 1000) -> Tensor:
-    """Training scenes, cropped to the smallest level's size, and textures: (N, 3, 64, 64) in [-1, 1]."""
+    """Training scenes, their corners of the smallest level's size, and textures: (N, 3, 64, 64) in [-1, 1]."""
     rng, draws, side = random.Random(recipe.seed), np.random.default_rng(recipe.seed), LEVELS[1].resolution
     pictures: list[np.ndarray] = []
     while len(pictures) < count:
@@ -169,7 +169,7 @@ def training_pictures(recipe: Recipe, count: int = 3500, textures: int = 1000) -
         scene = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
         if scene.split == "train":
             picture = render(scene)
-            top, left = (rng.randint(0, picture.shape[0] - side) for _ in range(2))
+            top, left = (rng.choice((0, picture.shape[0] - side)) for _ in range(2))  # where convolutions pad
             pictures.append(picture[top : top + side, left : left + side])
     pictures += [texture(draws, side) for _ in range(textures)]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
