@@ -1,4 +1,4 @@
-"""python -m data_pipeline build | index | select | lint | inspect: each says what it does and where the result lies."""
+"""python -m data_pipeline build | index | select | lint | inspect | cache: each says what it does and what it left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline import foreign, lint
+from data_pipeline.encode import Encoding
 from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor, summary
 from data_pipeline.executors.local import Local
@@ -16,6 +17,8 @@ from data_pipeline.executors.on_ray import Ray
 from data_pipeline.inspect import inspect
 from data_pipeline.recipe import load_recipe, load_selection
 from data_pipeline.select import report, select
+
+ENCODERS = "lightning_modules.pipelines.encoders"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -43,6 +46,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     look = command("inspect", "counts, and one HTML report")
     look.add_argument("folder", type=Path, help="a folder of shards or indexes")
     look.add_argument("--limit", type=int, default=48, help="records on the page")
+    encode = command("cache", "encodes pictures and texts once, ahead of training")
+    encode.add_argument("shards", nargs="+", help="folders of shards or indexes")
+    encode.add_argument("--output", required=True, type=Path, help="folder of the cache")
+    encode.add_argument("--pretrained", required=True, help="checkpoint folder of the encoders")
+    encode.add_argument("--image_size", required=True, type=int, help="pixels of the longer side")
+    encode.add_argument("--size_multiple", type=int, default=32, help="both sides are multiples of it")
+    encode.add_argument("--mirrored", action="store_true", help="for runs with augmentation.flip")
+    encode.add_argument("--latents", default=f"{ENCODERS}.LatentEncoder", help='class of the pictures\' encoder, or ""')
+    encode.add_argument("--texts", default=f"{ENCODERS}.TextEncoder", help='class of the texts\' encoder, or ""')
+    encode.add_argument("--index_root", type=Path, default=Path("data/index"), help="as data.index_root of the run")
     arguments, rest = parser.parse_known_args(argv)
     prefix = {"build": "--source.", "select": "--rules."}.get(arguments.command, "--none.")
     unknown = [option for option in rest if option.startswith("-") and not option.startswith(prefix)]
@@ -74,6 +87,9 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             return lint.main(arguments.folder)
         case "inspect":
             print(inspect(arguments.folder, arguments.limit))
+        case "cache":
+            options = {name: value for name, value in vars(arguments).items() if name != "command"}
+            print(Encoding(**options).run())
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ References = Tensor | list[list[Tensor]] | None
 
 @dataclass
 class ImageBatch:
-    """Samples of one task, all targets of one shape.
+    """Samples whose targets have one shape.
 
     Attributes:
-        task: "text_to_image" or "edit".
+        tasks: B times "text_to_image" or "edit"; all alike unless data of several sets is mixed in a batch.
         keys: B record keys.
         sample_ids: (B,) int64, stable numbers of the records, for draws.
         epochs: (B,) int64, how often each record's set was passed before, for draws.
@@ -24,10 +25,12 @@ class ImageBatch:
         target: (B, 3, H, W) fp32 in [-1, 1]; posterior moments (B, 2C, h, w) if `encoded`.
         references: None, (B, R, 3, h, w) where all samples have equal ones, or per sample a list of (3, h, w); in
             [-1, 1], moments instead of pixels if `encoded`.
-        encoded: whether target and references are autoencoder moments from the cache.
+        encoded: whether target and references are autoencoder moments.
+        contents: B lists of what names the pictures in a cache, target first; None where there is no cache.
+        phase: number of the run's resolution that the batch is of.
     """
 
-    task: str
+    tasks: list[str]
     keys: list[str]
     sample_ids: Tensor
     epochs: Tensor
@@ -35,18 +38,33 @@ class ImageBatch:
     target: Tensor
     references: References = None
     encoded: bool = False
+    contents: list[list[str]] | None = None
+    phase: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
-        """The batch with its pictures on a device; the counters of the draws stay on the CPU."""
+    @property
+    def task(self) -> str:
+        """The task of all samples, or "mixed"."""
+        return self.tasks[0] if len(set(self.tasks)) == 1 else "mixed"
+
+    def map_pictures(self, change: Callable[[Tensor], Tensor], **changes: Any) -> ImageBatch:
+        """The batch with target and references changed, each a tensor or a list of lists of them as before."""
         references = self.references
         if isinstance(references, Tensor):
-            references = references.to(device, non_blocking=non_blocking)
+            references = change(references)
         elif references is not None:
-            references = [[image.to(device, non_blocking=non_blocking) for image in images] for images in references]
-        return replace(self, target=self.target.to(device, non_blocking=non_blocking), references=references)
+            references = [[change(image) for image in images] for images in references]
+        return replace(self, target=change(self.target), references=references, **changes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
+        """The batch with its pictures on a device; the counters of the draws stay on the CPU."""
+        return self.map_pictures(lambda picture: picture.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ImageBatch:
+        """The batch with its pictures in page-locked memory, as a DataLoader asks for."""
+        return self.map_pictures(Tensor.pin_memory)
 
     def sample(self, i: int) -> ImageBatch:
         """A batch of the i-th sample alone."""
@@ -55,12 +73,14 @@ class ImageBatch:
             references = references[i : i + 1]
         return replace(
             self,
+            tasks=self.tasks[i : i + 1],
             keys=self.keys[i : i + 1],
             sample_ids=self.sample_ids[i : i + 1],
             epochs=self.epochs[i : i + 1],
             prompts=self.prompts[i : i + 1],
             target=self.target[i : i + 1],
             references=references,
+            contents=self.contents and self.contents[i : i + 1],
         )
 
 

@@ -1,104 +1,185 @@
-"""Autoencoder moments of pictures, computed once: keyed by content hash, size and encoder."""
+"""Features computed once: an encoder's outputs by what they were made from, in tars that stock tools read.
+
+A store belongs to one encoder, by its fingerprint. An entry's name says what was encoded: the sha256 of the bytes and
+what was done to them, or a text. So another picture, size, flip, text or encoder never meets an old entry.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from filelock import FileLock
+from safetensors.torch import load, save
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
-from data_pipeline.index import IndexedRecord
-from data_pipeline.transforms import Size
+from data_pipeline.errors import InputError
+from data_pipeline.shards import atomic_write
 
-logger = logging.getLogger(__name__)
-
-CHUNK = 64  # pictures encoded together: one fixed geometry, so that the same picture always gives the same bits
+ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("xxh3", "<u8"), ("tar", "<i8")])
+ENTRIES = 1024  # of a tar: what a killed process has to encode again
+TOGETHER = 64  # inputs that are loaded before they are encoded
+Features = dict[str, Tensor]
 
 
 class Encoder(Protocol):
-    """What turns pixels into moments."""
+    """What turns pictures or texts into features; an input's bits do not depend on what is encoded beside it."""
 
     fingerprint: str
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to posterior moments (B, 2C, h, w), fp32."""
+    def encode(self, inputs: Sequence[Any]) -> list[Features]:
+        """The features of each input; pixels (3, H, W) in [-1, 1] of one shape, or texts."""
         ...
 
 
-Item = tuple[str, Size]  # content hash and the size the picture is resized to
-Pictures = Mapping[Item, tuple[IndexedRecord, str]]  # where each picture lies: its record and member
-Load = Callable[[IndexedRecord, str, Size], Tensor]  # reads one as pixels (3, H, W) in [-1, 1]
+def key_of(name: str) -> tuple[int, int]:
+    """128 bits of an entry's name."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-class LatentCache:
-    """A finished cache: one array of moments a size, memory-mapped, and where each picture's row is."""
+class FeatureStore:
+    """The entries of one encoder; several processes may read and add to it at a time.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        rows = json.loads((folder / "rows.json").read_text())
-        self._rows = {(sha, tuple(size)): row for size, shas in rows for row, sha in enumerate(shas)}
-        self._arrays: dict[Size, np.ndarray] = {}
+    Args:
+        root: folder of stores.
+        fingerprint: the encoder's.
+    """
 
-    def moments(self, sha256: str, size: Size) -> Tensor:
-        """Moments (2C, h, w) of a picture."""
-        if size not in self._arrays:
-            self._arrays[size] = np.load(self.folder / array_name(size), mmap_mode="r", allow_pickle=False)
-        row = self._rows[sha256, size]
-        return torch.from_numpy(self._arrays[size][row].copy())
+    def __init__(self, root: Path | str, fingerprint: str) -> None:
+        self.folder, self.fingerprint = Path(root) / fingerprint[:16], fingerprint
+        self._check()
+        self._tars: list[Path] = []
+        self._rows = np.empty(0, ROW)
+        self._files: dict[int, int] = {}
+        self._pending: dict[str, bytes] = {}
+        self._changed = -1
+
+    def _check(self) -> None:
+        about = self.folder / "encoder.json"
+        if not about.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(about, json.dumps({"fingerprint": self.fingerprint}).encode())
+        found = json.loads(about.read_text())["fingerprint"]
+        if found != self.fingerprint:
+            raise InputError(
+                f"the cache {self.folder} was filled by the encoder {found}, this run has {self.fingerprint}; give "
+                "another folder for the cache"
+            )
+
+    def has_all(self, names: Iterable[str]) -> bool:
+        """Whether every entry is there to be read."""
+        return all(self._find(name) is not None for name in names)
+
+    def read(self, name: str) -> Features:
+        """An entry's tensors. Raises KeyError if there is none, InputError if it was damaged."""
+        row = self._find(name)
+        if row is None:
+            raise KeyError(name)
+        tar = int(row["tar"])
+        if tar not in self._files:
+            self._files[tar] = os.open(self._tars[tar], os.O_RDONLY | os.O_CLOEXEC)
+        data = os.pread(self._files[tar], int(row["size"]), int(row["offset"]))
+        if xxh3_64_intdigest(data) != int(row["xxh3"]):
+            path = self._tars[tar]
+            raise InputError(f"{path} is damaged at byte {row['offset']}; delete {path} and {index_of(path)}")
+        return load(data)
+
+    def add(self, name: str, features: Features) -> None:
+        """Keeps an entry; it can be read when `commit` has run, by itself after every ENTRIES entries."""
+        if self._find(name) is None:
+            self._pending[name] = save({key: value.detach().cpu().contiguous() for key, value in features.items()})
+        if len(self._pending) >= ENTRIES:
+            self.commit()
+
+    def commit(self) -> None:
+        """Writes what was added, as one tar and its index, whole or not at all."""
+        if not self._pending:
+            return
+        buffer, rows = io.BytesIO(), np.empty(len(self._pending), ROW)
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, (name, data) in enumerate(sorted(self._pending.items(), key=lambda item: key_of(item[0]))):
+                high, low = key_of(name)
+                entry = tarfile.TarInfo(f"{high:016x}{low:016x}.safetensors")
+                entry.size = len(data)
+                rows[i] = high, low, tar.offset + tarfile.BLOCKSIZE, len(data), xxh3_64_intdigest(data), 0
+                tar.addfile(entry, io.BytesIO(data))
+        path = self.folder / f"{hashlib.sha256(rows.tobytes()).hexdigest()[:16]}.tar"
+        atomic_write(path, buffer.getvalue())
+        index = io.BytesIO()
+        np.save(index, rows, allow_pickle=False)
+        atomic_write(index_of(path), index.getvalue())  # last: it marks the end
+        self._pending.clear()
+
+    def _find(self, name: str) -> np.void | None:
+        key = key_of(name)
+        found = self._look_up(*key)
+        if found is None and self._changed != (changed := self.folder.stat().st_mtime_ns):
+            self._changed = changed
+            self._read_indexes()
+            found = self._look_up(*key)
+        return found
+
+    def _look_up(self, high: int, low: int) -> np.void | None:
+        at = int(np.searchsorted(self._rows["high"], np.uint64(high)))
+        while at < len(self._rows) and int(self._rows[at]["high"]) == high:
+            if int(self._rows[at]["low"]) == low:
+                return self._rows[at]
+            at += 1
+        return None
+
+    def _read_indexes(self) -> None:
+        """Tables of tars that were finished since."""
+        known = set(self._tars)
+        new = [path for path in sorted(self.folder.glob("*.tar")) if path not in known and index_of(path).is_file()]
+        tables = [np.load(index_of(path), allow_pickle=False) for path in new]
+        for number, table in enumerate(tables, len(self._tars)):
+            table["tar"] = number
+        self._tars += new
+        self._rows = np.sort(np.concatenate([self._rows, *tables]), order=["high", "low"])
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_arrays": {}}  # a worker maps the files itself
+        return {**self.__dict__, "_files": {}, "_pending": {}}  # a worker opens files itself, and adds nothing
 
 
-def array_name(size: Size) -> str:
-    """File of one size."""
-    return f"moments-{size[0]}x{size[1]}.npy"
+def index_of(tar: Path) -> Path:
+    """The table beside a tar of entries."""
+    return tar.with_suffix(".npy")
 
 
-def cache_folder(root: Path, encoder: Encoder, items: Iterable[Item]) -> Path:
-    """The one folder for these pictures at these sizes under this encoder; anything else has another name."""
-    digest = hashlib.sha256(encoder.fingerprint.encode())
-    for sha, size in sorted(items):
-        digest.update(f"{sha}{size}".encode())
-    return root / digest.hexdigest()[:16]
+def fill(store: FeatureStore, encoder: Encoder, wanted: Iterable[tuple[str, Callable[[], Any]]]) -> int:
+    """Encodes the entries that are not there, and returns how many; started again, it goes on.
 
+    Args:
+        store: where they go.
+        encoder: of the store's fingerprint.
+        wanted: names, and what loads the input of each; neighbours of one shape are encoded together.
+    """
+    count, batch = 0, dict[str, Any]()
 
-def build_cache(root: Path, encoder: Encoder, pictures: Pictures, load: Load) -> Path:
-    """Encodes what `pictures` name, unless it was done before; returns the cache's folder."""
-    folder = cache_folder(root, encoder, pictures)
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{folder.name}.lock"):
-        if not folder.exists():
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=root))
-            try:
-                _encode_all(partial, encoder, pictures, load)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    def flush() -> None:
+        for name, features in zip(batch, encoder.encode(list(batch.values())), strict=True):
+            store.add(name, features)
+        batch.clear()
 
-
-def _encode_all(folder: Path, encoder: Encoder, pictures: Pictures, load: Load) -> None:
-    logger.info("encoding %d pictures, once, for the latent cache %s", len(pictures), folder.parent)
-    rows: list[tuple[Size, list[str]]] = []
-    for size in sorted({size for _, size in pictures}):
-        items = sorted(item for item in pictures if item[1] == size)
-        chunks = []
-        for start in range(0, len(items), CHUNK):
-            chunk = items[start : start + CHUNK]
-            pixels = torch.zeros(CHUNK, 3, *size)
-            for i, item in enumerate(chunk):
-                pixels[i] = load(*pictures[item], size)
-            chunks.append(encoder.encode(pixels)[: len(chunk)].numpy())
-        np.save(folder / array_name(size), np.concatenate(chunks), allow_pickle=False)
-        rows.append((size, [sha for sha, _ in items]))
-    (folder / "rows.json").write_text(json.dumps(rows))
+    for name, read in wanted:
+        if name in batch or store.has_all([name]):
+            continue
+        value = read()
+        if batch and getattr(value, "shape", None) != getattr(next(iter(batch.values())), "shape", None):
+            flush()
+        batch[name] = value
+        count += 1
+        if len(batch) == TOGETHER:
+            flush()
+    if batch:
+        flush()
+    store.commit()
+    return count

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader
 
-from data_pipeline import scenes
+from data_pipeline import scenes, serving
 from data_pipeline.batches import ImageBatch
-from data_pipeline.cache import Item, LatentCache, build_cache
-from data_pipeline.dataset import PlannedDataset, PlanSampler, common_bucket, group, load_pixels, read_prompt
+from data_pipeline.cache import FeatureStore, fill
+from data_pipeline.dataset import Augmentation, PlannedDataset, PlanSampler, Verify, wanted_features
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, load_index
-from data_pipeline.plan import Bucket, Plan, PlannedBatch
+from data_pipeline.index import read_prompt
+from data_pipeline.plan import Bucket, Draw, Plan, PlannedBatch, Stream
+from data_pipeline.read_ahead import LocalCopies
 from data_pipeline.recipe import Recipe
+from data_pipeline.regroup import Rule
+from data_pipeline.serving import ServingIndex
 from data_pipeline.sources import Scenes
 from data_pipeline.transforms import check_size
 
@@ -50,55 +53,90 @@ class SceneShards:
         return Path(self.root) / f"level{self.level}-{digest.hexdigest()[:12]}"
 
 
+@dataclass
+class Cache:
+    """Where autoencoder moments are kept, and when they are made.
+
+    Attributes:
+        folder: of the stores, one an encoder.
+        fill: "ahead": all before training; "lazy": each when it is first trained on; "never": all must be there.
+    """
+
+    folder: str
+    fill: Literal["ahead", "lazy", "never"] = "ahead"
+
+
 class ShardDataModule(L.LightningDataModule):
     """Serves text-to-image and edit batches from folders of shards.
 
     Args:
-        shards: folders of shards; their records' kinds tell the tasks.
+        shards: folders of shards, whose records fall into the sets "text_to_image", "edit", "multi_reference" and
+            "multi_turn"; or folders by the names of sets of one's own.
         scenes: scene shards to build where missing, and to train on.
-        ratio: batches of each task in a cycle; a task without a record is an error. By default every task that the
-            shards serve, in turn.
+        ratio: batches of each set in a cycle. By default each set in turn.
+        mixing: "alternate": a batch is of one set; "mixed": of all that have its target's shape, by ratio.
         batch_size: samples a batch and rank.
-        image_size: pixels of the longer side.
+        batch_tokens: instead of `batch_size`, areas of size_multiple x size_multiple pixels, references included.
+        image_size: pixels of the longer side; or by the optimiser step that a size begins at: {0: 256, 20000: 512}.
         size_multiple: both sides are multiples of it: autoencoder factor x patch size, 32 as released.
         num_workers: processes that decode; 0 decodes in this one.
         seed: of the order.
         steps: batches of the whole run: optimiser steps x accumulation.
-        val_fraction: share of records without a split of their own that is held out, chosen by their keys.
+        val_fraction: share of records without a split of their own that is held out, chosen by their ids.
         val_batches: validation batches.
-        cache: folder for autoencoder moments computed once before training; None encodes each batch as it comes.
+        cache: autoencoder moments kept from epoch to epoch; None encodes each batch as it comes, to the same bits.
+        augmentation: what is drawn anew each epoch.
+        verify: when the hash of each file that is read is compared with the index.
+        index_root: where indexes sorted for training are kept.
+        remote_copies: where what was read of shards behind URLs is kept, and how much; None keeps nothing.
     """
 
     def __init__(
         self,
-        shards: list[str] | None = None,
+        shards: list[str] | dict[str, list[str]] | None = None,
         scenes: SceneShards | None = None,
-        ratio: dict[str, int] | None = None,
+        ratio: dict[str, float] | None = None,
+        mixing: Literal["alternate", "mixed"] = "alternate",
         batch_size: int = 32,
-        image_size: int = 64,
+        batch_tokens: int | None = None,
+        image_size: int | dict[int, int] = 64,
         size_multiple: int = 32,
         num_workers: int = 0,
         seed: int = 0,
         steps: int = 1000,
         val_fraction: float = 0.02,
         val_batches: int = 8,
-        cache: str | None = None,
+        cache: Cache | None = None,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008
+        verify: Verify = "first_epoch",
+        index_root: str = "data/index",
+        remote_copies: LocalCopies | None = None,
     ) -> None:
         super().__init__()
-        check_size(image_size, size_multiple)
+        self.sizes = dict(sorted(image_size.items())) if isinstance(image_size, dict) else {0: image_size}
+        for size in self.sizes.values():
+            check_size(size, size_multiple)
+        if 0 not in self.sizes:
+            raise InputError(f"image_size begins at step {min(self.sizes, default=None)}; expected a size for step 0")
         if not shards and scenes is None:
             raise InputError("there is no data: set data.shards to folders of shards, or data.scenes")
-        if batch_size < 1 or steps < 1:
-            raise InputError(f"batch_size and steps must be at least 1, got {batch_size} and {steps}")
-        self.shards, self.scenes, self.ratio = shards or [], scenes, ratio or {}
-        self.batch_size, self.image_size, self.size_multiple = batch_size, image_size, size_multiple
-        self.num_workers, self.seed, self.steps = num_workers, seed, steps
-        self.val_fraction, self.val_batches, self.cache_root = val_fraction, val_batches, cache
-        self.records: list[IndexedRecord] = []
-        self._cache: LatentCache | None = None
+        if batch_size < 1 or steps < 1 or (batch_tokens is not None and batch_tokens < 1):
+            raise InputError(
+                f"batch_size, batch_tokens and steps must be at least 1, got {batch_size}, {batch_tokens} and {steps}"
+            )
+        self.shards = shards if isinstance(shards, dict) else {"": shards or []}
+        self.scenes, self.ratio, self.mixing = scenes, ratio, mixing
+        self.batch_size, self.batch_tokens, self.size_multiple = batch_size, batch_tokens, size_multiple
+        self.num_workers, self.seed, self.steps, self.verify = num_workers, seed, steps, verify
+        self.val_fraction, self.val_batches, self.cache = val_fraction, val_batches, cache
+        self.augmentation, self.index_root = augmentation, Path(index_root)
+        self.remote_copies = remote_copies
+        self.indexes: list[ServingIndex] = []
+        self.consumed: list[Plan] = []
+        self._store: FeatureStore | None = None
 
     def prepare_data(self) -> None:
-        """Builds missing scene shards and, where asked for, the latent cache (rank 0)."""
+        """Builds what is missing: scene shards, the sorted indexes and, where asked for, the cache (rank 0)."""
         if self.scenes is not None:
             folder = self.scenes.folder()
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -106,70 +144,114 @@ class ShardDataModule(L.LightningDataModule):
                 if not folder.exists():
                     logger.info("building scene shards in %s", folder)
                     self.scenes.recipe().build(folder)
-        if self.cache_root is not None:
-            self._load_records()
-            self._cache_folder()
+        self._load()
+        if self.cache is not None and self.cache.fill == "ahead":
+            encoder = self._encoder()
+            wanted = (item for phase in range(len(self.sizes)) for item in self._wanted(phase))
+            if count := fill(FeatureStore(self.cache.folder, encoder.fingerprint), encoder, wanted):
+                logger.info("encoded %d pictures, once, for the cache in %s", count, self.cache.folder)
 
     def setup(self, stage: str) -> None:
-        """Reads the indexes, splits the records and sorts them into sets."""
-        self._load_records()
-        if self.cache_root is not None and stage == "fit":
-            self._cache = LatentCache(self._cache_folder())
+        """Reads the indexes and sorts out what can be trained on."""
+        self._load()
+        if self.cache is not None and stage == "fit":
+            self._store = FeatureStore(self.cache.folder, self._encoder().fingerprint)
 
-    def _load_records(self) -> None:
-        if self.records:
+    def teardown(self, stage: str) -> None:
+        """Writes what a lazy cache has not written yet."""
+        if self._store is not None:
+            self._store.commit()
+
+    def _load(self) -> None:
+        if self.indexes:
             return
-        folders = [Path(folder) for folder in self.shards]
+        folders = {name: list(many) for name, many in self.shards.items()}
         if self.scenes is not None:
-            folders.append(self.scenes.folder())
-        records = [record for folder in folders for record in load_index(folder)]
-        train = [i for i, record in enumerate(records) if not self._held_out(record)]
-        val = [i for i, record in enumerate(records) if self._held_out(record)]
-        self.train_sets = group(records, train, self.image_size, self.size_multiple)
-        self.val_sets = group(records, val or train, self.image_size, self.size_multiple)
-        tasks = {task for task, _ in self.train_sets}
-        self.ratio = self.ratio or dict.fromkeys(sorted(tasks), 1)
-        missing = [task for task, n in self.ratio.items() if n > 0 and task not in tasks]
-        if missing:
+            folders.setdefault("", []).append(str(self.scenes.folder()))
+        for size in self.sizes.values():
+            rule = Rule(size, self.size_multiple, self.val_fraction)
+            self.indexes.append(ServingIndex(serving.build(self.index_root, folders, rule)))
+        streams = self.indexes[0].streams["train"]
+        if not streams:
             raise InputError(
-                f"data.ratio asks for {', '.join(missing)}, but the training records of {', '.join(map(str, folders))} "
-                f"only serve {', '.join(sorted(tasks)) or 'nothing'}; add shards or set the ratio to 0"
+                f"no record of {', '.join(f for many in folders.values() for f in many)} can be trained on here; "
+                "expected records of text-image pairs or edits"
             )
-        self.records = records
+        if self.ratio is None:
+            self.ratio = dict.fromkeys(sorted({name for name, _ in streams}), 1)
+        self.consumed = self.plans()
+        for line in sorted({line for plan in self.consumed for line in plan.small()}):
+            logger.warning(line)
 
-    def _held_out(self, record: IndexedRecord) -> bool:
-        if record.split:
-            return record.split == "val"
-        return record.sample_id % 10_000 < self.val_fraction * 10_000
+    def _encoder(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module.latent_encoder()  # type: ignore[operator]
 
-    def _cache_folder(self) -> Path:
-        """Builds the cache of all training pictures at their buckets' sizes, or finds it."""
-        assert self.cache_root is not None and self.trainer is not None
-        pictures: dict[Item, tuple[IndexedRecord, str]] = {}
-        for (task, bucket), positions in self.train_sets.items():
-            names = ["target" if task == "edit" else "image", *(f"source{i}" for i in range(len(bucket) - 1))]
-            for i in positions:
-                record = self.records[i]
-                for name, size in zip(names, bucket, strict=True):
-                    pictures.setdefault((record.members[name].sha256, size), (record, name))
-        encoder = self.trainer.lightning_module.latent_encoder()  # type: ignore[operator]
-        return build_cache(Path(self.cache_root), encoder, pictures, load_pixels)
+    def _wanted(self, phase: int) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+        """What a cache of everything holds: names, and what loads each."""
+        for stream, record in self._records(phase):
+            for mirrored in (False, True) if self.augmentation.flip else (False,):
+                yield from wanted_features(record, stream[1], mirrored)
 
-    def plan(self) -> Plan:
-        """The order of this rank's training batches."""
+    def _records(self, phase: int) -> Iterator[tuple[Stream, Any]]:
+        """All training records of sets that are trained on, in stored order."""
+        index = self.indexes[phase]
+        for stream, count in index.streams["train"].items():
+            if (self.ratio or {}).get(stream[0], 0) > 0:
+                yield from ((stream, index.record("train", stream, i)) for i in range(count))
+
+    def samples(self, bucket: Bucket) -> int:
+        """Samples of a bucket in a rank's batch."""
+        if self.batch_tokens is None:
+            return self.batch_size
+        return max(1, self.batch_tokens * self.size_multiple**2 // sum(height * width for height, width in bucket))
+
+    def plans(self) -> list[Plan]:
+        """The order of this rank's training batches from the beginning, one for each resolution."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Plan(self.train_sets, self.ratio, self.batch_size, self.seed, rank, world)
+        assert self.ratio is not None
+        mixed = self.mixing == "mixed"
+        return [
+            Plan(index.streams["train"], self.ratio, self.samples, self.seed, rank, world, mixed, phase)
+            for phase, index in enumerate(self.indexes)
+        ]
 
-    def consumed(self) -> int:
-        """Batches trained on so far, not those prefetched: what a checkpoint of this moment has seen."""
+    def _phase(self, step: int) -> int:
+        """Number of the resolution that is trained on at an optimiser step."""
+        return sum(start <= step for start in self.sizes) - 1
+
+    def _planned(self) -> Iterator[PlannedBatch]:
+        """Batches from where training stands to the end of the run."""
+        plans, step, each = self.plans(), 0, 1
+        for plan, consumed in zip(plans, self.consumed, strict=True):
+            plan.load_state_dict(consumed.state_dict())
+        if self.trainer is not None:
+            step, each = self.trainer.global_step, self.trainer.accumulate_grad_batches
+        for number in range(self.steps - step * each):
+            yield next(plans[self._phase(step + number // each)])
+
+    def _length(self) -> int:
+        """Batches of the whole run as Lightning counts them: those behind, and those to come."""
         if self.trainer is None:
-            return 0
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches
+            return self.steps
+        behind = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return behind + self.steps - self.trainer.global_step * self.trainer.accumulate_grad_batches
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Notes that a batch is about to be trained on: what a checkpoint holds is never what was only prefetched."""
+        if self.trainer is not None and self.trainer.training and isinstance(batch, ImageBatch):
+            self.consumed[batch.phase].advance()
+        return batch
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
         """The plan from where training stands, so that resuming needs no loader state and allows any worker count."""
-        sampler = PlanSampler(self.plan(), self.steps, self.consumed)
-        return self._loader(PlannedDataset(self.records, self._cache), sampler, self.num_workers)
+        require = self.cache is not None and self.cache.fill == "never"
+        if self.cache is not None and self.cache.fill == "lazy":
+            self._encoder().store = self._store
+        dataset = PlannedDataset(
+            self.indexes, "train", self._store, self.augmentation, self.verify, require, self.remote_copies
+        )
+        return self._loader(dataset, PlanSampler(self._planned, self._length), self.num_workers)
 
     def _loader(self, dataset: PlannedDataset, sampler: Any, workers: int) -> DataLoader[ImageBatch]:
         return DataLoader(
@@ -183,59 +265,66 @@ class ShardDataModule(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # else every pass would draw from the global one
         )
 
+    def _held_out(self) -> tuple[ServingIndex, str]:
+        """The last resolution's index, and the part to validate on: the training records where none is held out."""
+        index = self.indexes[-1]
+        return index, "val" if index.streams["val"] else "train"
+
     def val_dataloader(self) -> DataLoader[ImageBatch]:
-        """Fixed batches of held-out records, tasks in turn."""
-        tasks = {task: n for task, n in self.ratio.items() if any(t == task for t, _ in self.val_sets)}
-        batches = Plan(self.val_sets, tasks, self.batch_size, self.seed).batches()
-        planned = [next(batches) for _ in range(self.val_batches)]
-        return self._loader(PlannedDataset(self.records), planned, 0)
+        """Fixed batches of held-out records, sets in turn."""
+        index, part = self._held_out()
+        streams = index.streams[part]
+        ratio = {name: share for name, share in (self.ratio or {}).items() if any(s[0] == name for s in streams)}
+        plan = Plan(streams, ratio, self.samples, self.seed)
+        return self._loader(PlannedDataset([index], part), [next(plan) for _ in range(self.val_batches)], 0)
 
     def prompts(self) -> Iterator[str]:
         """The texts that will be trained on, in stored order."""
-        for (task, _), positions in self.train_sets.items():
-            if self.ratio.get(task, 0) > 0:
-                yield from (read_prompt(self.records[i]) for i in positions)
+        return (read_prompt(record) for _, record in self._records(0))
 
     def first_batches(self) -> Iterator[ImageBatch]:
-        """The first training batch of each task."""
-        waiting = {task for task, n in self.ratio.items() if n > 0}
-        for planned in self.plan().batches():
-            if planned.task in waiting:
-                waiting.remove(planned.task)
-                yield PlannedDataset(self.records, self._cache)[planned]
-            if not waiting:
-                return
+        """The first training batch of each set."""
+        waiting = {name for name, share in (self.ratio or {}).items() if share > 0}
+        dataset = PlannedDataset(self.indexes, "train", self._store, self.augmentation)
+        plan = self.plans()[0]
+        while waiting:
+            planned = next(plan)
+            names = {draw.stream[0] for draw in planned.draws} & waiting
+            if names:
+                waiting -= names
+                yield dataset[planned]
 
     def sample_batches(self, num_samples: int) -> list[ImageBatch]:
-        """For each task the same few held-out records of its commonest bucket, as pixels."""
+        """For each set the same few held-out records of its commonest bucket, as pixels."""
+        index, part = self._held_out()
         batches = []
-        for task in sorted(task for task, n in self.ratio.items() if n > 0):
-            bucket: Bucket | None = common_bucket(self.val_sets, task)
-            if bucket is not None:
-                indices = tuple(self.val_sets[task, bucket][:num_samples])
-                batches.append(PlannedDataset(self.records)[PlannedBatch(task, bucket, indices, (0,) * len(indices))])
+        for name in sorted(name for name, share in (self.ratio or {}).items() if share > 0):
+            counts = {stream: count for stream, count in index.streams[part].items() if stream[0] == name}
+            if counts:
+                stream = max(counts, key=counts.__getitem__)
+                draws = tuple(Draw(stream, i, 0) for i in range(min(num_samples, counts[stream])))
+                batches.append(PlannedDataset([index], part)[PlannedBatch(draws)])
         return batches
 
-    def fingerprint(self) -> str:
-        """A hash of everything that decides the order of the samples."""
-        order = f"{self.seed}/{sorted(self.ratio.items())}/{self.batch_size}/{self.image_size}/{self.size_multiple}"
-        digest = hashlib.sha256(order.encode())
-        for (task, bucket), positions in sorted(self.train_sets.items()):
-            digest.update(f"{task}{bucket}{[self.records[i].sample_id for i in positions]}".encode())
-        return digest.hexdigest()
+    def content(self) -> str:
+        """A hash of which samples are in which streams: what a position is a position in."""
+        return hashlib.sha256(repr([index.content for index in self.indexes]).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as consumed batches, and a hash of the order it is a position in."""
-        return {"consumed": self.consumed(), "fingerprint": self.fingerprint()}
+        """How many samples of each stream were trained on, and a hash of the streams; equal on all ranks."""
+        return {"content": self.content(), "plans": [plan.state_dict() for plan in self.consumed]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuses to resume in another order than the checkpoint's; the position itself comes from the global step."""
-        self._load_records()
-        if state["fingerprint"] != self.fingerprint():
+        """Goes on where a checkpoint stood: other ranks, workers, batch sizes and ratios may, other samples may not."""
+        self._load()
+        if state["content"] != self.content():
             raise InputError(
-                "the checkpoint was trained on other data, or in another order (shards, seed, ratio, batch_size or "
-                "sizes differ); resume with the run's own config.yaml, or start a new run"
+                "the checkpoint was trained on other samples, or on other sizes of them (shards, selection, "
+                "image_size, size_multiple, val_fraction or the names of sets differ); resume with the run's own "
+                "config.yaml, or start a new run"
             )
+        for plan, saved in zip(self.consumed, state["plans"], strict=True):
+            plan.load_state_dict(saved)
 
 
 def single_thread(worker: int) -> None:

@@ -1,94 +1,157 @@
-"""Planned batches to tensor batches, from shards or from the latent cache."""
+"""Planned batches to tensor batches, from shards or from the cache of moments."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from data_pipeline.batches import ImageBatch, collate_references
-from data_pipeline.cache import LatentCache
+from data_pipeline.cache import FeatureStore
+from data_pipeline.counters import generator
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, read_member, read_prompt
-from data_pipeline.plan import Bucket, Plan, PlannedBatch
-from data_pipeline.transforms import decode, fit_size, to_tensor
+from data_pipeline.index import TEXT_FIELDS, IndexedRecord, read_member, read_prompt
+from data_pipeline.plan import PHASE_EPOCHS, Bucket, Draw, PlannedBatch
+from data_pipeline.read_ahead import LocalCopies, fetched
+from data_pipeline.serving import ServingIndex
+from data_pipeline.transforms import Size, decode, to_tensor
 
-TASKS = {"text_image": "text_to_image", "edit": "edit"}  # the task that trains on a kind of record
-
-
-def reference_names(record: IndexedRecord) -> list[str]:
-    """Names of a record's references, in order."""
-    return [f"source{i}" for i in range(sum(name.startswith("source") for name in record.members))]
+Verify = Literal["first_epoch", "always", "never"]
+SIDES = ("left", "right")  # words that a mirrored picture makes wrong
 
 
-def bucket_of(record: IndexedRecord, image_size: int, multiple: int) -> Bucket:
-    """Sizes of the target and of each reference; one reference takes the target's size, as released."""
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn anew each epoch, alike for target and references.
 
-    def size(name: str) -> tuple[int, int]:
-        member = record.members[name]
-        return fit_size(member.height, member.width, image_size, multiple)
+    Attributes:
+        flip: probability of mirroring a sample left to right; one whose text speaks of left or right never is.
+        seed: of the draws.
+    """
 
-    target = size("target" if record.kind == "edit" else "image")
-    names = reference_names(record)
-    return (target, target) if len(names) == 1 else (target, *(size(name) for name in names))
+    flip: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise InputError(f"augmentation: flip is a probability from 0 to 1, got {self.flip}")
+
+    def mirrored(self, draw: Draw, record: IndexedRecord, prompt: str) -> bool:
+        """Whether this sample is mirrored in this epoch."""
+        if not self.flip or any(word in prompt.lower().split() for word in SIDES):
+            return False
+        source = generator(self.seed, "flip", draw.epoch, record.sample_id)
+        return bool(torch.rand((), generator=source) < self.flip)
 
 
-def group(
-    records: Sequence[IndexedRecord], positions: Sequence[int], image_size: int, multiple: int
-) -> dict[tuple[str, Bucket], list[int]]:
-    """Positions in the index by (task, bucket)."""
-    sets: dict[tuple[str, Bucket], list[int]] = {}
-    for i in positions:
-        record = records[i]
-        sets.setdefault((TASKS[record.kind], bucket_of(record, image_size, multiple)), []).append(i)
-    return sets
+def sized(record: IndexedRecord, bucket: Bucket) -> list[tuple[str, Size]]:
+    """Names of a record's pictures, the target and then its references in order, and the sizes they are trained at."""
+    names = ["image" if "image" in record.members else "target", *(f"source{i}" for i in range(len(bucket) - 1))]
+    return list(zip(names, bucket, strict=True))
 
 
-def common_bucket(sets: dict[tuple[str, Bucket], list[int]], task: str) -> Bucket | None:
-    """The bucket that most samples of a task are in."""
-    sizes = Counter({bucket: len(found) for (t, bucket), found in sets.items() if t == task})
-    return sizes.most_common(1)[0][0] if sizes else None
+def content_name(record: IndexedRecord, name: str, size: Size, mirrored: bool) -> str:
+    """What a cache knows a picture by: its bytes and what was done to them before it was encoded."""
+    return f"{record.members[name].sha256} {size[0]}x{size[1]}{' mirrored' if mirrored else ''}"
+
+
+def wanted_features(
+    record: IndexedRecord, bucket: Bucket, mirrored: bool
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Names of a record's pictures in a cache, and what loads each."""
+    for name, size in sized(record, bucket):
+        yield content_name(record, name, size, mirrored), partial(load_pixels, record, name, size, mirrored)
 
 
 class PlannedDataset(Dataset[ImageBatch]):
-    """Maps a PlannedBatch to an ImageBatch."""
+    """Maps a PlannedBatch to an ImageBatch: moments where the store has those of the whole batch, else pixels.
 
-    def __init__(self, records: Sequence[IndexedRecord], cache: LatentCache | None = None) -> None:
-        self.records, self.cache = records, cache
+    Args:
+        indexes: where records lie, for each phase of the plan.
+        part: "train" or "val".
+        store: moments by content and transform.
+        augmentation: what is drawn anew each epoch.
+        verify: when the hash of what is read is compared with the index.
+        require: whether the store must have all.
+        copies: where ranges of remote shards are kept.
+    """
+
+    def __init__(
+        self,
+        indexes: Sequence[ServingIndex],
+        part: str,
+        store: FeatureStore | None = None,
+        augmentation: Augmentation = Augmentation(),
+        verify: Verify = "first_epoch",
+        require: bool = False,
+        copies: LocalCopies | None = None,
+    ) -> None:
+        self.indexes, self.part, self.store = indexes, part, store
+        self.augmentation, self.verify, self.require = augmentation, verify, require
+        self.copies = copies
 
     def __getitem__(self, planned: PlannedBatch) -> ImageBatch:  # type: ignore[override]
-        records = [self.records[i] for i in planned.indices]
-        target_size, *sizes = planned.bucket
-        target = "target" if planned.task == "edit" else "image"
-        references = [
-            [self.image(record, name, size) for name, size in zip(reference_names(record), sizes, strict=True)]
-            for record in records
+        index, draws = self.indexes[planned.phase], planned.draws
+        records = [index.record(self.part, draw.stream, draw.index) for draw in draws]
+        records = fetched(records, TEXT_FIELDS if self.store is not None else None, self.copies)
+        checked = [self.checks(draw) for draw in draws]
+        prompts = [read_prompt(record, check) for record, check in zip(records, checked, strict=True)]
+        mirrored = [self.augmentation.mirrored(*sample) for sample in zip(draws, records, prompts, strict=True)]
+        buckets = [draw.stream[1] for draw in draws]
+        contents = [
+            [content_name(record, *each, mirror) for each in sized(record, bucket)]
+            for record, bucket, mirror in zip(records, buckets, mirrored, strict=True)
         ]
+        stored = self.stored(contents)
+        if stored:
+            assert self.store is not None
+            pictures = [[self.store.read(name)["moments"].float() for name in row] for row in contents]
+        else:
+            records = fetched(records, None, self.copies)
+            pictures = [
+                [load_pixels(record, *each, mirror, check) for each in sized(record, bucket)]
+                for record, bucket, mirror, check in zip(records, buckets, mirrored, checked, strict=True)
+            ]
         return ImageBatch(
-            task=planned.task,
+            tasks=[index.tasks[draw.stream[0]] for draw in draws],
             keys=[record.key for record in records],
             sample_ids=torch.tensor([record.sample_id for record in records]),
-            epochs=torch.tensor(planned.epochs),
-            prompts=[read_prompt(record) for record in records],
-            target=torch.stack([self.image(record, target, target_size) for record in records]),
-            references=collate_references(references),
-            encoded=self.cache is not None,
+            epochs=torch.tensor([draw.epoch for draw in draws]),
+            prompts=prompts,
+            target=torch.stack([row[0] for row in pictures]),
+            references=collate_references([row[1:] for row in pictures]),
+            encoded=stored,
+            contents=contents,
+            phase=planned.phase,
         )
 
-    def image(self, record: IndexedRecord, name: str, size: tuple[int, int]) -> torch.Tensor:
-        """Pixels (3, H, W) in [-1, 1], or cached moments (2C, h, w)."""
-        if self.cache is not None:
-            return self.cache.moments(record.members[name].sha256, size)
-        return load_pixels(record, name, size)
+    def stored(self, contents: Sequence[Sequence[str]]) -> bool:
+        """Whether the moments of a whole batch are there."""
+        if self.store is None:
+            return False
+        missing = next((name for row in contents for name in row if not self.store.has_all([name])), None)
+        if missing is not None and self.require:
+            raise InputError(
+                f"the cache {self.store.folder} has no entry for {missing}; fill it with python -m data_pipeline "
+                'cache, or set cache.fill to "ahead" or "lazy"'
+            )
+        return missing is None
+
+    def checks(self, draw: Draw) -> bool:
+        """Whether what is read for a draw is compared with its hash."""
+        return self.verify == "always" or (self.verify == "first_epoch" and draw.epoch % PHASE_EPOCHS == 0)
 
 
-def load_pixels(record: IndexedRecord, name: str, size: tuple[int, int]) -> torch.Tensor:
+def load_pixels(record: IndexedRecord, name: str, size: Size, mirrored: bool = False, verify: bool = False) -> Tensor:
     """A member decoded and resized, (3, H, W) in [-1, 1]."""
+    data = read_member(record, name, verify)
     try:
-        return to_tensor(decode(read_member(record, name)), size)
+        pixels = to_tensor(decode(data, size), size)
     except InputError:
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes
@@ -96,19 +159,17 @@ def load_pixels(record: IndexedRecord, name: str, size: tuple[int, int]) -> torc
             f"{record.shard}: {name} of record {record.key} does not decode ({error}); it did if the shard was built "
             f"here, so the file was damaged since: build it again; of tars by others, lint names all that do not"
         ) from error
+    return pixels.flip(-1) if mirrored else pixels
 
 
 class PlanSampler(Sampler[PlannedBatch]):
-    """The plan from the batch that training has come to; its length is that of the whole run."""
+    """What `batches` gives from where training stands; `length` is that of the whole run."""
 
-    def __init__(self, plan: Plan, length: int, consumed: Any) -> None:
-        self.plan, self.length, self.consumed = plan, length, consumed
+    def __init__(self, batches: Callable[[], Iterator[PlannedBatch]], length: Callable[[], int]) -> None:
+        self.batches, self.length = batches, length
 
     def __iter__(self) -> Iterator[PlannedBatch]:
-        start = self.consumed()
-        batches = self.plan.batches(start)
-        for _ in range(start, self.length):
-            yield next(batches)
+        return self.batches()
 
     def __len__(self) -> int:
-        return self.length
+        return self.length()

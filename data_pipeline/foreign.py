@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from xxhash import xxh3_64_intdigest
 
 from data_pipeline import remote
 from data_pipeline.errors import InputError
@@ -36,7 +37,7 @@ from data_pipeline.steps.decode import Decode
 from data_pipeline.steps.quality import Quality
 from data_pipeline.tars import Defect, Sample, TarMember, samples, scan
 
-VERSION = "1"  # of what an index holds: another one is made again
+VERSION = "2"  # of what an index holds: another one is made again
 LEDGER = ".ledger.json"
 THREADS = 16  # tars at a time: reading by ranges is waiting
 MAX_TARS = 1_000_000
@@ -276,6 +277,7 @@ def rows_of(
             "width": width,
             "height": height,
             "sha256": hashlib.sha256(text).digest() if isinstance(text, bytes) else None,
+            "xxh3": xxh3_64_intdigest(text) if isinstance(text, bytes) else None,
         }
 
 

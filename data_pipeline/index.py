@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from xxhash import xxh3_64_intdigest
 
 from data_pipeline import remote
 from data_pipeline.errors import InputError
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         ("split", pa.string()),
         ("origin", pa.string()),
         ("licence", pa.string()),
+        ("turn", pa.int16()),  # of an editing session, from 0; null outside of one
         ("text_length", pa.int32()),
         ("text_sha256", pa.binary(32)),
         ("pictures_sha256", pa.binary(32)),
@@ -34,6 +36,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("sha256", pa.binary(32)),
+        ("xxh3", pa.uint64()),  # 64 bits of XXH3 of the member's bytes, checked when it is read
     ]
 )
 
@@ -72,6 +75,7 @@ class Member:
     height: int
     extension: str
     sha256: str
+    xxh3: int | None = None
 
     @property
     def hashed(self) -> bool:
@@ -89,6 +93,8 @@ class IndexedRecord:
     split: str
     sample_id: int
     members: dict[str, Member] = field(default_factory=dict)
+    stamp: tuple[int, ...] = ()  # size and time of change that the tar must still have, where they are known
+    held: dict[str, bytes] = field(default_factory=dict)  # members that were fetched ahead
 
 
 def sample_id(key: str) -> int:
@@ -149,9 +155,22 @@ def location(path: Path) -> str:
 def shard_of(path: Path, facts: Mapping[bytes, bytes]) -> Path | str:
     """The tar of a sidecar, by the metadata in it: a file, or a URL as a text."""
     found = facts.get(LOCATION, b"").decode()
-    if remote.is_url(found):
-        return found
-    return Path(found) if found else path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
+    return shard_at(found) if found else path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
+
+
+def shard_at(location: str) -> Path | str:
+    """A tar's location: a file, or a URL as a text."""
+    return location if remote.is_url(location) else Path(location)
+
+
+def place_of(facts: Mapping[bytes, bytes]) -> str:
+    """A name of one state of one tar elsewhere: its stamp is part of it."""
+    return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]
+
+
+def named(sha256: bytes | None, place: str, offset: int) -> str:
+    """What a member's content is known by: its hash, or where it lies."""
+    return sha256.hex() if sha256 else f"at-{place}-{offset}"
 
 
 def _grouped(path: Path) -> Iterable[IndexedRecord]:
@@ -163,15 +182,15 @@ def _grouped(path: Path) -> Iterable[IndexedRecord]:
         raise InputError(f"{path} is damaged, build the shards again: {error}") from error
     facts = table.schema.metadata or {}
     shard = shard_of(path, facts)
-    place = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:16]  # the stamp is part of it
+    place = place_of(facts)
     for row in table.to_pylist():
         if current is None or current.key != row["key"]:
             if current is not None:
                 yield current
             current = IndexedRecord(shard, row["key"], row["kind"], row["split"], row["sample_id"])
-        digest = row["sha256"].hex() if row["sha256"] else f"at-{place}-{row['offset']}"
+        content = named(row["sha256"], place, row["offset"])
         current.members[row["field"]] = Member(
-            row["offset"], row["size"], row["width"], row["height"], row["extension"], digest
+            row["offset"], row["size"], row["width"], row["height"], row["extension"], content, row["xxh3"]
         )
     if current is not None:
         yield current
@@ -182,6 +201,10 @@ class _Descriptor:
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def stamp(self) -> tuple[int, int]:
+        found = os.fstat(self.number)
+        return found.st_size, found.st_mtime_ns
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
@@ -194,14 +217,21 @@ def _descriptor(path: str, process: int) -> _Descriptor:
     return _Descriptor(path)
 
 
-def read_member(record: IndexedRecord, name: str) -> bytes:
-    """The bytes of a member, by one positional read of a file or one range of a URL."""
+def read_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes:
+    """The bytes of a member, by one positional read of a file or one range of a URL; `verify` checks their hash."""
     member = record.members[name]
-    if isinstance(record.shard, str):
+    if name in record.held:
+        data = record.held[name]
+    elif isinstance(record.shard, str):
         data = remote.read_range(record.shard, member.offset, member.offset + member.size)
     else:
         try:
             file = _descriptor(str(record.shard), os.getpid())
+            if record.stamp and file.stamp() != record.stamp:
+                raise InputError(
+                    f"{record.shard} was replaced or changed after this run had begun; start the run again, it goes on "
+                    "where it stood if the samples are the same"
+                )
             data = os.pread(file.number, member.size, member.offset)
         except OSError as error:
             raise InputError(f"cannot read {record.shard}: {error.strerror}; build or index it again") from error
@@ -210,15 +240,20 @@ def read_member(record: IndexedRecord, name: str) -> bytes:
             f"{record.shard}: record {record.key} should have {member.size} bytes of {name} at {member.offset}, the "
             f"file ends after {len(data)}; the shard is truncated, build it again, or index it again if it is not ours"
         )
+    if verify and member.xxh3 is not None and xxh3_64_intdigest(data) != member.xxh3:
+        raise InputError(
+            f"{record.shard}: {name} of record {record.key} is not what was indexed (its hash differs): the file was "
+            "damaged or changed; build it again, or index it again if it is not ours"
+        )
     return data
 
 
-def read_prompt(record: IndexedRecord) -> str:
+def read_prompt(record: IndexedRecord, verify: bool = False) -> str:
     """A record's caption or instruction."""
     try:
         if "txt" in record.members:
-            return read_member(record, "txt").decode("utf-8-sig").strip()
-        facts = json.loads(read_member(record, "json"))
+            return read_member(record, "txt", verify).decode("utf-8-sig").strip()
+        facts = json.loads(read_member(record, "json", verify))
     except ValueError as error:
         if isinstance(error, InputError):
             raise

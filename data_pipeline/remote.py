@@ -17,6 +17,7 @@ from data_pipeline.errors import InputError
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf")
 STAMPS = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
 ATTEMPTS = 6
+STALL = 60.0  # seconds that an answer may take
 PAUSE = 0.2  # seconds before the second attempt, three times as long before each further one: 24 in all
 
 T = TypeVar("T")
@@ -67,12 +68,21 @@ def check_ranges(files: Any, path: str, size: int) -> None:
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Bytes from `start` to before `end`, fewer where the file ends; a transient failure is tried again."""
+    """Bytes from `start` to before `end`; an answer that fails, stalls or is cut short is asked for again."""
     files, path = filesystem(url)
-    data: bytes = retried(url, lambda: files.cat_file(path, start=start, end=end))
-    if len(data) > end - start:
-        raise no_ranges(url)
-    return data
+    patience = {"timeout": STALL} if getattr(files, "async_impl", False) else {}
+
+    def ask() -> bytes:
+        data: bytes = files.cat_file(path, start=start, end=end, **patience)
+        if len(data) > end - start:
+            raise no_ranges(url)
+        if len(data) < end - start:
+            raise EOFError(
+                f"only {len(data)} of the {end - start} bytes at {start}; if the file was replaced, index it again"
+            )
+        return data
+
+    return retried(url, ask)
 
 
 def no_ranges(url: str) -> InputError:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import ExifTags, Image
+from xxhash import xxh3_64_intdigest
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import sample_id, sidecar, with_scores
@@ -117,6 +118,7 @@ def about(record: Record) -> dict[str, Any]:
         "split": record.split,
         "origin": record.origin,
         "licence": record.licence,
+        "turn": turn if isinstance(turn := record.metadata.get("turn"), int) and 0 <= turn < 1 << 15 else None,
         "text_length": len(record.prompt),
         "text_sha256": hashlib.sha256(record.prompt.encode()).digest(),
     }
@@ -147,4 +149,5 @@ def add_record(tar: tarfile.TarFile, record: Record, scores: Mapping[str, Any]) 
             "width": width,
             "height": height,
             "sha256": hashes.get(name) or hashlib.sha256(data).digest(),
+            "xxh3": xxh3_64_intdigest(data),
         }

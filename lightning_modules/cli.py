@@ -27,10 +27,12 @@ from lightning_modules.evaluation.scenes import SceneBenchmark
 from lightning_modules.networks.loading import CheckpointError
 
 VERSION = "_UNIPIC_LIGHTNING_VERSION"  # in the environment, so that the processes of all ranks resume the same run
-# What may differ when a run is resumed: how far and on what it runs, not what it computes.
+# What may differ when a run is resumed: how far and on what it runs, and in which portions its data comes.
 RESUMABLE = (
     "ckpt_path", "benchmark", "trainer.max_steps", "model.init_args.steps", "data.init_args.steps",
-    "data.init_args.num_workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "data.init_args.num_workers", "data.init_args.ratio", "data.init_args.mixing", "data.init_args.batch_",
+    "data.init_args.cache", "data.init_args.verify", "data.init_args.index_root", "trainer.accumulate_grad_batches",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.log_every_n_steps", "trainer.enable_", "trainer.callbacks",
 )  # fmt: skip
 

@@ -10,17 +10,16 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
-from data_pipeline.dataset import TASKS
 from data_pipeline.errors import InputError
+from data_pipeline.regroup import TASKS
 from lightning_modules.losses.flow_matching import flow_matching
-from lightning_modules.networks.autoencoder import encode_moments, sample_latents
+from lightning_modules.networks.autoencoder import sample_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.flops import forward_flops
 from lightning_modules.networks.loading import compare_shapes
@@ -86,6 +85,7 @@ class KontextModule(L.LightningModule):
         dropout: probabilities of dropping conditions.
         task_weights: loss weight of each task's samples.
         max_sequence_length: T5 tokens of a prompt, kept by the exported tokenizer; None takes the folder's length.
+        text_cache: folder that keeps text embeddings from run to run, as `data.cache.folder` keeps latents.
         compile: compile the transformer's blocks (falls back to eager, and says so, without a C++ compiler).
     """
 
@@ -99,6 +99,7 @@ class KontextModule(L.LightningModule):
         dropout: Dropout = Dropout(),  # noqa: B008
         task_weights: dict[str, float] | None = None,
         max_sequence_length: int | None = None,
+        text_cache: str | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -106,9 +107,10 @@ class KontextModule(L.LightningModule):
         self.pretrained, self.steps, self.seed = pretrained, steps, seed
         self.optimizer_settings, self.timesteps, self.dropout = optimizer, timesteps, dropout
         self.task_weights, self.max_sequence_length = task_weights or {}, max_sequence_length
-        self.compile_blocks = compile
+        self.text_cache, self.compile_blocks = text_cache, compile
         self.transformer: Any = None
         self._pipeline: KontextPipeline | None = None
+        self._encoder: LatentEncoder | None = None
         self._prompts: PromptCache | None = None
 
     def prepare_data(self) -> None:
@@ -122,7 +124,8 @@ class KontextModule(L.LightningModule):
         self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
         if self.max_sequence_length is not None:
             self._pipeline.limit_t5(self.max_sequence_length)
-        self._prompts = PromptCache(self._pipeline)
+        self._encoder = LatentEncoder(self._pipeline.vae)
+        self._prompts = PromptCache(self._pipeline, root=self.text_cache)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
@@ -164,10 +167,10 @@ class KontextModule(L.LightningModule):
         return self._pipeline.to(self.device)
 
     def latent_encoder(self) -> LatentEncoder:
-        """The frozen autoencoder for the data's latent cache; usable before the module is configured."""
-        if self._pipeline is not None:
-            return LatentEncoder(self._pipeline.vae)
-        return LatentEncoder(AutoencoderKL.from_pretrained(checkpoint_folder(self.pretrained), subfolder="vae"))
+        """The frozen autoencoder, for the data's cache too; usable before the module is configured."""
+        if self._encoder is None:
+            self._encoder = LatentEncoder.from_pretrained(str(checkpoint_folder(self.pretrained)))
+        return self._encoder
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
@@ -198,7 +201,7 @@ class KontextModule(L.LightningModule):
             timestep=1000 * sigma,
             return_dict=False,
         )[0]
-        weight = torch.full_like(sigma, self.task_weights.get(batch.task, 1.0))
+        weight = sigma.new_tensor([self.task_weights.get(task, 1.0) for task in batch.tasks])
         return flow_matching(v, path.velocity(x0, noise), weight)
 
     def draw(self, sampler: Any, shape: tuple[int, ...], purpose: str, batch: ImageBatch) -> Float[Tensor, "b ..."]:
@@ -210,13 +213,15 @@ class KontextModule(L.LightningModule):
         u = self.draw(torch.rand, (), "sigma", batch)
         if self.timesteps.distribution == "logit_normal":
             mean = self.timesteps.mean
-            mean = mean.get(batch.task, 0.0) if isinstance(mean, dict) else mean
-            u = timesteps.logit_normal(u, mean, self.timesteps.std)
+            means = [mean.get(task, 0.0) if isinstance(mean, dict) else mean for task in batch.tasks]
+            u = timesteps.logit_normal(u, u.new_tensor(means), self.timesteps.std)
         return timesteps.shift(u, self.timesteps.shift)
 
     @torch.no_grad()
     def encode(self, batch: ImageBatch) -> tuple[Float[Tensor, "b c h w"], Any]:
         """Posterior samples of target and references (None, (B, C, h, w) for one each, or lists), as released."""
+        assert self._encoder is not None
+        batch = self._encoder.encode_batch(batch)
         target = self.sample_posterior(batch.target, "target", batch)
         references = batch.references
         if references is None or self.reference_dropped(batch):
@@ -237,20 +242,22 @@ class KontextModule(L.LightningModule):
             return False
         return bool(self.draw(torch.rand, (), "reference dropout", batch)[0] < self.dropout.reference)
 
-    def sample_posterior(self, images: Tensor, purpose: str, batch: ImageBatch) -> Float[Tensor, "b c h w"]:
-        """Latents of pixels (B, 3, H, W), or of moments (B, 2C, h, w) where the batch holds those."""
+    def sample_posterior(
+        self, moments: Float[Tensor, "b c2 h w"], purpose: str, batch: ImageBatch
+    ) -> Float[Tensor, "b c h w"]:
+        """Latents, with noise of each sample and epoch."""
         assert self._pipeline is not None
-        vae = self._pipeline.vae
-        moments = images if batch.encoded else encode_moments(vae, images)
         noise = self.draw(torch.randn, (moments.shape[1] // 2, *moments.shape[2:]), f"posterior {purpose}", batch)
-        return sample_latents(vae, moments, noise)
+        return sample_latents(self._pipeline.vae, moments, noise)
 
     @torch.no_grad()
     def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
         """Text embeddings, in training with captions dropped to "" by chance; a prompt seen before is looked up."""
         assert self._prompts is not None
-        probability = self.dropout.caption.get(batch.task, 0.0) if self.training else 0.0
-        dropped = self.draw(torch.rand, (), "caption dropout", batch) < probability
+        probability = [self.dropout.caption.get(task, 0.0) if self.training else 0.0 for task in batch.tasks]
+        dropped = draw(torch.rand, (), self.seed, "caption dropout", batch.epochs, batch.sample_ids) < torch.tensor(
+            probability
+        )
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         return self._prompts(prompts)
 

@@ -106,6 +106,7 @@ class Ledger(Callback):
             digest.update(p.detach().numpy().tobytes())
         row = {
             "step": trainer.global_step,
+            "rank": trainer.global_rank,
             "ids": batch.sample_ids.tolist(),
             "loss": outputs["loss"].item().hex(),
             "weights": digest.hexdigest(),

@@ -80,8 +80,8 @@ def test_the_export_is_the_average_and_loads(run: Path) -> None:
     assert shadow and all(torch.equal(exported[name.removeprefix("transformer.")], t) for name, t in shadow.items())
 
 
-def killed_and_resumed(folder: Path, kill_at: int, workers: int) -> list[dict]:
-    config = micro_config(folder, data__init_args__num_workers=workers)
+def killed_and_resumed(folder: Path, kill_at: int, **changes: object) -> list[dict]:
+    config = micro_config(folder, **changes)
     content = yaml.safe_load(config.read_text())
     content["trainer"]["callbacks"][-1]["init_args"]["kill_at"] = kill_at
     fatal = config.with_name("fatal.yaml")
@@ -103,12 +103,12 @@ QUICK = {(5, 0), (7, 2)}  # the others take minutes
     [
         pytest.param(kill_at, workers, marks=[] if (kill_at, workers) in QUICK else pytest.mark.slow)
         for kill_at in range(3, 12)  # before 3 there is no checkpoint, and --resume refuses
-        for workers in (0, 2)
+        for workers in (0, 1, 2)
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, kill_at: int, workers: int) -> None:
     whole = {row["step"]: row for row in ledger(run)}
-    rows = killed_and_resumed(tmp_path, kill_at, workers)
+    rows = killed_and_resumed(tmp_path, kill_at, data__init_args__num_workers=workers)
     assert [row["step"] for row in rows] == [*range(1, kill_at + 1), *range(kill_at // 3 * 3 + 1, 13)]
     assert all(row == whole[row["step"]] for row in rows)
     averages = [
@@ -119,6 +119,19 @@ def test_a_killed_run_resumes_bit_for_bit(run: Path, tmp_path: Path, kill_at: in
         )
     ]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_bit_for_bit(tmp_path: Path) -> None:
+    ranks = {"trainer__devices": 2, "trainer__strategy": "ddp"}
+    result = command("fit", "-c", micro_config(tmp_path / "whole", **ranks), cwd=tmp_path / "whole")
+    assert result.returncode == 0, result.stderr[-3000:]
+    whole = {(row["rank"], row["step"]): row for row in ledger(tmp_path / "whole")}
+    assert len(whole) == 24 and all(set(whole[0, i]["ids"]).isdisjoint(whole[1, i]["ids"]) for i in range(1, 13))
+    assert all(whole[0, i]["weights"] == whole[1, i]["weights"] for i in range(1, 13))
+    rows = killed_and_resumed(tmp_path / "killed", 7, **ranks)
+    assert sorted({(row["rank"], row["step"]) for row in rows}) == sorted(whole)
+    assert all(row == whole[row["rank"], row["step"]] for row in rows)
 
 
 def test_predict_edits_a_folder_and_draws_prompts(run: Path, tmp_path: Path) -> None:
@@ -168,10 +181,10 @@ def unfinished(run: Path, tmp_path: Path) -> Path:
 def test_resuming_with_other_settings_is_refused_and_the_record_stays(run: Path, unfinished: Path) -> None:
     record = unfinished / "runs/micro/version_0/config.yaml"
     before = record.read_bytes()
-    changed = ["--model.init_args.optimizer.lr", "1e-6", "--trainer.accumulate_grad_batches", "2"]
+    changed = ["--model.init_args.optimizer.lr", "1e-6", "--trainer.gradient_clip_val", "2"]
     result = command("fit", "-c", run / "configs/micro.yaml", "--resume", *changed, cwd=unfinished)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "optimizer.lr: 0.003 -> 1e-06" in result.stderr and "accumulate_grad_batches: 1 -> 2" in result.stderr
+    assert "optimizer.lr: 0.003 -> 1e-06" in result.stderr and "gradient_clip_val: 1.0 -> 2" in result.stderr
     assert record.read_bytes() == before
 
 

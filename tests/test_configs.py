@@ -28,7 +28,7 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     config["model"]["init_args"] |= {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
     data = small["data"]["init_args"]
     config["data"]["init_args"] |= {k: data[k] for k in ("scenes", "shards", "batch_size", "val_batches")}
-    config["data"]["init_args"]["cache"] = str(tmp_path / "latents")
+    config["data"]["init_args"]["cache"] = {"folder": str(tmp_path / "latents")}
     config["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
     config["trainer"]["callbacks"] = [c for c in config["trainer"]["callbacks"] if "SampleGrid" not in c["class_path"]]
     config["benchmark"] = None

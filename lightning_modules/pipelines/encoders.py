@@ -1,27 +1,139 @@
-"""Encoders that data_pipeline's cache is given: its protocol on this side of the border."""
+"""Encoders that data_pipeline's cache is given: its protocol on this side of the border.
+
+Each encodes so many inputs at a time, padded where there are fewer: one geometry, so that an input gives the same bits
+whenever, and beside whatever, it is encoded.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from data_pipeline.batches import ImageBatch, collate_references
+from data_pipeline.cache import Features, FeatureStore
 from lightning_modules.networks.autoencoder import encode_moments
+from lightning_modules.pipelines.kontext import KontextPipeline
+
+CHUNK = 8  # pictures
+TEXTS = 32
+
+
+def config_of(module: Any) -> str:
+    """A model's settings, in one order."""
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    return repr(sorted((name, repr(value)) for name, value in config.items() if not name.startswith("_")))
+
+
+def weights_of(*modules: nn.Module) -> str:
+    """A hash of all weights, bit for bit."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + bits.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def own_precision(module: Any) -> torch.autocast:
+    """Without autocast: within a training step and ahead of it, an encoder gives the same bits."""
+    return torch.autocast(module.device.type, enabled=False)
 
 
 class LatentEncoder:
-    """Posterior moments under an autoencoder; the fingerprint is a hash of its config and weights."""
+    """Posterior moments under an autoencoder, in its own precision, {"moments": (2C, h, w)}.
 
-    def __init__(self, vae: AutoencoderKL) -> None:
-        self.vae = vae
-        digest = hashlib.sha256(repr(sorted(vae.config.items())).encode())
-        for name, tensor in sorted(vae.encoder.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()
+    Attributes:
+        fingerprint: a hash of the autoencoder's config and of the weights that encode.
+        store: where `encode_batch` keeps what it encoded, if anywhere.
+    """
+
+    def __init__(self, vae: AutoencoderKL, store: FeatureStore | None = None) -> None:
+        self.vae, self.store = vae, store
+        parts = [vae.encoder] if vae.quant_conv is None else [vae.encoder, vae.quant_conv]
+        self.fingerprint = hashlib.sha256(f"{CHUNK} {config_of(vae)} {weights_of(*parts)}".encode()).hexdigest()
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> LatentEncoder:
+        """The autoencoder of a checkpoint folder."""
+        return cls(AutoencoderKL.from_pretrained(folder, subfolder="vae").eval())
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to (B, 2C, h, w), fp32 on the CPU."""
-        return encode_moments(self.vae, pixels.to(self.vae.device)).cpu()
+    def encode(self, inputs: Sequence[Float[Tensor, "3 _ _"]]) -> list[Features]:
+        """Moments of pixels in [-1, 1], on the autoencoder's device; those of one shape are encoded together."""
+        found: list[Features] = [{} for _ in inputs]
+        for shape in dict.fromkeys(picture.shape for picture in inputs):
+            alike = [i for i, picture in enumerate(inputs) if picture.shape == shape]
+            for start in range(0, len(alike), CHUNK):
+                chunk = alike[start : start + CHUNK]
+                pixels = torch.zeros(CHUNK, *shape, device=self.vae.device)
+                pixels[: len(chunk)] = torch.stack([inputs[i] for i in chunk]).to(self.vae.device)
+                with own_precision(self.vae):
+                    moments = encode_moments(self.vae, pixels).to(self.vae.dtype)
+                for i, row in zip(chunk, moments, strict=False):
+                    found[i] = {"moments": row}
+        return found
+
+    def encode_batch(self, batch: ImageBatch) -> ImageBatch:
+        """The batch with moments (fp32) in place of pixels; one that holds moments is returned as it is."""
+        if batch.encoded:
+            return batch
+        references = batch.references
+        if isinstance(references, Tensor):
+            references = [list(images) for images in references]
+        images = references or [[] for _ in batch.keys]
+        rows = [[target, *more] for target, more in zip(batch.target, images, strict=True)]
+        found = iter(self.encode([picture for row in rows for picture in row]))
+        moments = [[next(found)["moments"] for _ in row] for row in rows]
+        if self.store is not None and batch.contents is not None:
+            for names, row in zip(batch.contents, moments, strict=True):
+                for name, value in zip(names, row, strict=True):
+                    self.store.add(name, {"moments": value})
+        return replace(
+            batch,
+            target=torch.stack([row[0] for row in moments]).float(),
+            references=collate_references([[value.float() for value in row[1:]] for row in moments]),
+            encoded=True,
+        )
+
+
+class TextEncoder:
+    """Text embeddings of a pipeline, {"sequence": (T, d), "pooled": (p,)}.
+
+    Attributes:
+        fingerprint: a hash of the encoders' configs and weights, the tokenizers' words and the lengths.
+    """
+
+    def __init__(self, pipeline: KontextPipeline) -> None:
+        self.pipeline = pipeline
+        encoders = [
+            e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e is not None
+        ]
+        tokenizers = [t for t in (pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3) if t is not None]
+        lengths = (pipeline.tokenizer_max_length, pipeline.t5_tokens)
+        words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
+        parts = f"{lengths} {words} {[config_of(e) for e in encoders]} {weights_of(*encoders)}"
+        self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> TextEncoder:
+        """The text encoders of a checkpoint folder."""
+        return cls(KontextPipeline.from_pretrained(folder))
+
+    @torch.no_grad()
+    def encode(self, inputs: Sequence[str]) -> list[Features]:
+        """Sequence and pooled embeddings of distinct texts."""
+        found: list[Features] = []
+        for start in range(0, len(inputs), TEXTS):
+            chunk = list(inputs[start : start + TEXTS])
+            padding = [f"{i}" for i in range(TEXTS - len(chunk))]
+            with own_precision(self.pipeline.transformer):
+                sequence, pooled = self.pipeline.encode_unique([*chunk, *padding])
+            found += [{"sequence": sequence[i].clone(), "pooled": pooled[i].clone()} for i in range(len(chunk))]
+        return found

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from data_pipeline.cache import Features, FeatureStore
+from lightning_modules.pipelines.encoders import TextEncoder
 from lightning_modules.pipelines.kontext import KontextPipeline
 
 logger = logging.getLogger(__name__)
-CHUNK = 32  # prompts encoded together: one fixed geometry, so that a result does not depend on its neighbours
+CHUNK = 256  # prompts embedded ahead at a time
 
 
 class PromptCache:
@@ -22,26 +24,36 @@ class PromptCache:
     Args:
         pipeline: whose frozen text encoders are used.
         max_bytes: memory for embeddings.
+        root: a folder of feature stores to look them up in, and to keep new ones in.
     """
 
-    def __init__(self, pipeline: KontextPipeline, max_bytes: int = 1 << 29) -> None:
+    def __init__(self, pipeline: KontextPipeline, max_bytes: int = 1 << 29, root: str | None = None) -> None:
         self.pipeline, self.max_bytes, self._bytes = pipeline, max_bytes, 0
+        self.encoder = TextEncoder(pipeline)
+        self.store = None if root is None else FeatureStore(root, self.encoder.fingerprint)
         self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
         """Sequence and pooled embeddings of the prompts."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._entries]
-        fresh: dict[str, tuple[Tensor, Tensor]] = {}
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            padding = [f"{i}" for i in range(CHUNK - len(chunk))]
-            sequence, pooled = self.pipeline.encode_unique([*chunk, *padding])
-            fresh |= {p: (sequence[i].clone(), pooled[i].clone()) for i, p in enumerate(chunk)}
+        fresh = {prompt: (found["sequence"], found["pooled"]) for prompt, found in self._features(missing).items()}
         rows = [fresh.get(prompt) or self._entries[prompt] for prompt in prompts]
         for prompt in prompts:
             self._remember(prompt, fresh)
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+    def _features(self, prompts: list[str]) -> dict[str, Features]:
+        """Features from the store, of the others from the encoder."""
+        if self.store is None:
+            return dict(zip(prompts, self.encoder.encode(prompts), strict=True))
+        unknown = [prompt for prompt in prompts if not self.store.has_all([prompt])]
+        found = dict(zip(unknown, self.encoder.encode(unknown), strict=True))
+        for prompt, features in found.items():
+            self.store.add(prompt, features)
+        device = self.pipeline.transformer.device
+        known = (prompt for prompt in prompts if prompt not in found)
+        return found | {p: {k: v.to(device) for k, v in self.store.read(p).items()} for p in known}
 
     def fill(self, prompts: Iterable[str]) -> None:
         """Embeds prompts ahead of need, as many as fit in memory, and says how many T5 reads in part only."""
@@ -51,6 +63,8 @@ class PromptCache:
             seen, cut = seen + len(chunk), cut + self._longer_than_t5(chunk)
             if self._bytes + sequence.nbytes + pooled.nbytes > self.max_bytes:
                 break
+        if self.store is not None:
+            self.store.commit()
         if cut:
             logger.warning(
                 "%d of %d texts are longer than %d T5 tokens and are cut", cut, seen, self.pipeline.t5_tokens

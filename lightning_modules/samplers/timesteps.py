@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def logit_normal(u: Float[Tensor, "*b"], mean: float = 0.0, std: float = 1.0) -> Float[Tensor, "*b"]:
+def logit_normal(
+    u: Float[Tensor, "*b"], mean: float | Float[Tensor, "*b"] = 0.0, std: float = 1.0
+) -> Float[Tensor, "*b"]:
     """Sigma = sigmoid(mean + std z) for uniform u, z its normal quantile (arXiv 2403.03206, equation 19)."""
     z = torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9)).to(u.dtype)
     return torch.sigmoid(mean + std * z)

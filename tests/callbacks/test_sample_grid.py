@@ -58,7 +58,9 @@ class Data(LightningDataModule):
         def batch(task: str, references: torch.Tensor | None) -> ImageBatch:
             ids, prompts = torch.arange(num_samples), [f"{task} {i}" for i in range(num_samples)]
             zeros = torch.zeros(num_samples, dtype=torch.int64)
-            return ImageBatch(task, prompts, ids, zeros, prompts, torch.ones(num_samples, 3, 64, 64), references)
+            return ImageBatch(
+                [task] * num_samples, prompts, ids, zeros, prompts, torch.ones(num_samples, 3, 64, 64), references
+            )
 
         return [batch("text_to_image", None), batch("edit", -torch.ones(num_samples, 1, 3, 64, 64))]
 

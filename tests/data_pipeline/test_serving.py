@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import random
+from collections import Counter
 from pathlib import Path
 
 import lightning as L
@@ -13,11 +16,14 @@ from micro import micro_shards
 from PIL import Image
 
 from data_pipeline.batches import ImageBatch, collate_references
-from data_pipeline.cache import build_cache
 from data_pipeline.counters import draw, generator
-from data_pipeline.datamodule import SceneShards, ShardDataModule
+from data_pipeline.datamodule import Cache, SceneShards, ShardDataModule
+from data_pipeline.dataset import Augmentation
 from data_pipeline.errors import InputError
 from data_pipeline.index import load_index
+from data_pipeline.plan import Draw
+from data_pipeline.recipe import Recipe
+from data_pipeline.sources import Manifest
 from data_pipeline.transforms import check_size, decode, fit_size, to_tensor
 
 
@@ -82,6 +88,11 @@ def test_draws_are_functions_of_their_counters() -> None:
     assert all(not torch.equal(both[0], torch.randn(3, generator=generator(*other))) for other in others)
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where data/index is made
+
+
 def module(folder: str, **options) -> ShardDataModule:
     defaults = {"shards": [folder], "batch_size": 4, "steps": 12, "seed": 1, "ratio": {"edit": 2, "text_to_image": 1}}
     return ShardDataModule(**{**defaults, **options})
@@ -96,13 +107,13 @@ def test_batches_have_the_stated_shapes_and_ranges(shards: str) -> None:
     assert edit.target.shape == (4, 3, 64, 64) and edit.references.shape == (4, 1, 3, 64, 64)
     assert caption.references is None and len(caption) == len(caption.prompts) == 4
     assert edit.target.dtype == torch.float32 and edit.target.min() >= -1 and edit.target.max() <= 1
-    assert {r.split for r in data.records if r.key in edit.keys} == {"train"}
+    assert {r.split for r in load_index(Path(shards)) if r.key in edit.keys} == {"train"}
 
 
 def test_validation_and_sample_batches_are_held_out(shards: str) -> None:
     data = module(shards, val_batches=2)
     data.setup("fit")
-    splits = {record.key: record.split for record in data.records}
+    splits = {record.key: record.split for record in load_index(Path(shards))}
     batches = [*data.val_dataloader(), *data.sample_batches(2)]
     assert {b.task for b in batches} == {"edit", "text_to_image"}
     assert {splits[key] for batch in batches for key in batch.keys} == {"val"}
@@ -111,14 +122,62 @@ def test_validation_and_sample_batches_are_held_out(shards: str) -> None:
     )
 
 
+def test_mixed_batches_hold_captions_and_edits_side_by_side(shards: str) -> None:
+    data = module(shards, mixing="mixed", batch_size=6)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.task == "mixed" and sorted(batch.tasks) == ["edit"] * 4 + ["text_to_image"] * 2
+    assert [len(images) for images in batch.references] == [int(task == "edit") for task in batch.tasks]
+
+
+def test_sets_may_be_named_by_folder(shards: str, tmp_path: Path) -> None:
+    captions = str(micro_shards(tmp_path / "captions", 16, 0))
+    data = module(shards, shards={"scenes": [shards], "captions": [captions]}, ratio=None)
+    data.setup("fit")
+    assert set(data.ratio) == {"scenes.edit", "scenes.text_to_image", "captions"}
+    tasks = {(b.task, b.keys[0].split("-")[0]) for b in data.train_dataloader()}
+    assert tasks == {("edit", "edit"), ("text_to_image", "caption")}
+
+
+def test_resolutions_follow_each_other(shards: str, tmp_path: Path) -> None:
+    recorder, trainer = train(shards, tmp_path, 6, image_size={0: 32, 4: 64})
+    assert recorder.sides == [32] * 4 + [64] * 2
+    part, trainer = train(shards, tmp_path, 5, image_size={0: 32, 4: 64})
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    rest, _ = train(shards, tmp_path, 6, str(tmp_path / "five.ckpt"), image_size={0: 32, 4: 64})
+    assert part.seen + rest.seen == recorder.seen and torch.equal(rest.weight, recorder.weight)
+
+
+def test_mirroring_takes_target_and_references_alike_and_spares_texts_with_sides(shards: str) -> None:
+    plain, flipped = (module(shards, augmentation=Augmentation(flip=p), steps=30) for p in (0.0, 1.0))
+    for data in (plain, flipped):
+        data.setup("fit")
+    turned = 0
+    for before, after in zip(plain.train_dataloader(), flipped.train_dataloader(), strict=True):
+        for i, prompt in enumerate(before.prompts):
+            sided = bool({"left", "right"} & set(prompt.split()))
+            turned += not sided
+            assert torch.equal(after.target[i], before.target[i] if sided else before.target[i].flip(-1))
+            if before.references is not None:
+                reference = before.references[i, 0]
+                assert torch.equal(after.references[i, 0], reference if sided else reference.flip(-1))
+    assert turned > 10
+    some = Augmentation(flip=0.5, seed=3)
+    record = load_index(Path(shards))[0]
+    draws = [some.mirrored(Draw(("edit", ()), 0, epoch), record, "a cat") for epoch in range(200)]
+    assert 70 < sum(draws) < 130
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"shards": ["nowhere"]}, "there is no folder of shards at nowhere"),
         ({"shards": [], "scenes": None}, "there is no data"),
         ({"image_size": 60}, "not divisible"),
-        ({"ratio": {"video": 1}}, "ratio asks for video"),
+        ({"image_size": {5: 64}}, "begins at step 5"),
+        ({"ratio": {"video": 1}}, "asks for video, but there are no training records"),
         ({"batch_size": 0}, "at least 1"),
+        ({"batch_tokens": 0}, "at least 1"),
     ],
 )
 def test_wrong_options_are_named(shards: str, options: dict, expected: str) -> None:
@@ -126,15 +185,32 @@ def test_wrong_options_are_named(shards: str, options: dict, expected: str) -> N
         module(shards, **options).setup("fit")
 
 
+def test_shards_without_anything_to_train_on_are_named(tmp_path: Path) -> None:
+    row = {"prompt": "a cat"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    Recipe(Manifest(str(tmp_path / "prompts.jsonl"), "prompts")).build(tmp_path / "out")
+    with pytest.raises(InputError, match=r"no record of .* can be trained on here"):
+        module(str(tmp_path / "out")).setup("fit")
+
+
+def test_small_buckets_are_warned_of_and_batches_by_tokens(shards: str, caplog: pytest.LogCaptureFixture) -> None:
+    data = module(shards, batch_size=100)
+    data.setup("fit")
+    assert "samples for batches of 100: each is in a batch more than once" in caplog.text
+    data = module(shards, batch_tokens=32, size_multiple=16)
+    data.setup("fit")
+    assert {b.task: len(b) for b in data.train_dataloader()} == {"edit": 1, "text_to_image": 2}
+
+
 class Mean:
     """An encoder whose moments are the means of 4 x 4 pixels."""
 
     def __init__(self, fingerprint: str = "mean") -> None:
-        self.fingerprint, self.calls = fingerprint, 0
+        self.fingerprint, self.calls, self.store = fingerprint, 0, None
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return torch.nn.functional.avg_pool2d(pixels, 4)
+    def encode(self, inputs: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        self.calls += len(inputs)
+        return [{"moments": torch.nn.functional.avg_pool2d(pixels, 4)} for pixels in inputs]
 
 
 class Recorder(L.LightningModule):
@@ -144,6 +220,7 @@ class Recorder(L.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[tuple[int, ...]] = []
+        self.sides: list[int] = []
         self.encoder = Mean()
 
     def latent_encoder(self) -> Mean:
@@ -151,6 +228,7 @@ class Recorder(L.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> torch.Tensor:
         self.seen.append(tuple(batch.sample_ids.tolist()))
+        self.sides.append(batch.target.shape[-1])
         self.encoded = batch.encoded
         return self.weight * batch.target.mean()
 
@@ -163,7 +241,7 @@ def train(
 ) -> tuple[Recorder, L.Trainer]:
     accumulation = options.pop("accumulation", 1)
     recorder = Recorder()
-    data = module(shards, steps=6 * accumulation, **options)
+    data = module(shards, steps=max(6, steps) * accumulation, **options)
     trainer = L.Trainer(
         default_root_dir=folder,
         max_steps=steps,
@@ -179,7 +257,7 @@ def train(
     return recorder, trainer
 
 
-@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 1), (0, 2)])
+@pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (1, 1), (2, 1), (0, 2)])
 def test_resuming_continues_the_sequence_of_samples(
     shards: str, tmp_path: Path, workers: int, accumulation: int
 ) -> None:
@@ -192,40 +270,56 @@ def test_resuming_continues_the_sequence_of_samples(
     assert torch.equal(rest.weight, whole.weight)
 
 
+def test_the_ledger_of_a_trainer_stopped_again_and_again(shards: str, tmp_path: Path) -> None:
+    """Workers, accumulation, batch size and ratio change at every stop: each sample comes exactly once an epoch."""
+    rng = random.Random(0)
+    checkpoint, seen, steps = None, Counter(), 0
+    for stop in range(6):
+        steps += rng.randint(1, 3)
+        ratio = {"edit": rng.choice([1, 2]), "text_to_image": rng.choice([0, 1])}
+        options = {"batch_size": rng.randint(1, 5), "num_workers": stop % 3, "ratio": ratio}
+        recorder, trainer = train(shards, tmp_path, steps, checkpoint, accumulation=rng.randint(1, 3), **options)
+        for ids in recorder.seen:
+            seen.update(ids)
+        checkpoint = str(tmp_path / f"{stop}.ckpt")
+        trainer.save_checkpoint(checkpoint)
+    cursors = {name: n for name, n in trainer.datamodule.state_dict()["plans"][0]["cursors"].items()}
+    assert sum(seen.values()) == sum(cursors.values()) and steps > 6
+    for name, part in (("edit 64x64+64x64", "edit"), ("text_to_image 64x64", "caption")):
+        counts = [seen[r.sample_id] for r in load_index(Path(shards)) if r.key.startswith(part) and r.split == "train"]
+        epochs = cursors.get(name, 0) // len(counts)
+        assert set(counts) <= {epochs, epochs + 1} and sum(counts) == cursors.get(name, 0)
+
+
 def test_resuming_on_other_data_is_refused(shards: str, tmp_path: Path) -> None:
     _, trainer = train(shards, tmp_path, 2)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
-    with pytest.raises(InputError, match="trained on other data, or in another order"):
-        train(shards, tmp_path, 6, str(tmp_path / "two.ckpt"), batch_size=2)
+    with pytest.raises(InputError, match="trained on other samples, or on other sizes"):
+        train(shards, tmp_path, 6, str(tmp_path / "two.ckpt"), val_fraction=0.5, image_size=32)
 
 
-def test_the_cache_serves_what_the_encoder_gives(shards: str, tmp_path: Path) -> None:
-    recorder, trainer = train(shards, tmp_path, 3, cache=str(tmp_path / "cache"))
-    assert recorder.encoded and recorder.encoder.calls > 0
+@pytest.mark.parametrize("fill", ["ahead", "lazy"])
+def test_the_cache_serves_what_the_encoder_gives(shards: str, tmp_path: Path, fill: str) -> None:
+    cache = Cache(str(tmp_path / "cache"), fill)
+    _, trainer = train(shards, tmp_path, 3, cache=cache)
+    encoder = Mean()
     data = trainer.datamodule
+    data.prepare_data()
     batch = next(iter(data.train_dataloader()))
-    data._cache = None
+    data._store = None
     pixels = next(iter(data.train_dataloader()))
     assert batch.keys == pixels.keys
-    assert torch.equal(batch.target, Mean().encode(pixels.target))
-    assert torch.equal(batch.references[:, 0], Mean().encode(pixels.references[:, 0]))
-    again, _ = train(shards, tmp_path, 3, cache=str(tmp_path / "cache"))
-    assert again.encoder.calls == 0 and torch.equal(again.weight, recorder.weight)
+    if fill == "ahead":
+        assert batch.encoded and torch.equal(
+            batch.target, torch.stack([e["moments"] for e in encoder.encode([*pixels.target])])
+        )
+    again, _ = train(shards, tmp_path, 3, cache=cache)
+    assert fill == "lazy" or (again.encoder.calls == 0 and again.encoded)
 
 
-def test_another_encoder_or_content_gets_another_cache(shards: str, tmp_path: Path) -> None:
-    record = load_index(Path(shards))[0]
-    item = (record.members["image"].sha256, (64, 64))
-
-    def load(*_: object) -> torch.Tensor:
-        return torch.zeros(3, 64, 64)
-
-    folders = {
-        build_cache(tmp_path, Mean("a"), {item: (record, "image")}, load),
-        build_cache(tmp_path, Mean("b"), {item: (record, "image")}, load),
-        build_cache(tmp_path, Mean("a"), {(item[0], (32, 32)): (record, "image")}, lambda *_: torch.zeros(3, 32, 32)),
-    }
-    assert len(folders) == 3
+def test_a_cache_that_must_be_there_and_is_not_is_named(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no entry for .* 64x64; fill it with python -m data_pipeline cache"):
+        train(shards, tmp_path, 3, cache=Cache(str(tmp_path / "cache"), "never"))
 
 
 def test_missing_scene_shards_are_built_once(tmp_path: Path) -> None:
@@ -234,4 +328,6 @@ def test_missing_scene_shards_are_built_once(tmp_path: Path) -> None:
         data = ShardDataModule(scenes=scenes, batch_size=2, steps=1)
         data.prepare_data()
         data.setup("fit")
-    assert len(data.records) == 64 and len([p for p in tmp_path.iterdir() if p.is_dir()]) == 1
+    index = data.indexes[0]
+    assert sum(count for part in index.streams.values() for count in part.values()) == 64
+    assert len([path for path in tmp_path.glob("level1-*") if path.is_dir()]) == 1

@@ -1,0 +1,93 @@
+"""Fills a cache ahead of training: autoencoder moments of all pictures, and features of all texts."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_pipeline import serving
+from data_pipeline.cache import Encoder, FeatureStore, fill
+from data_pipeline.dataset import wanted_features
+from data_pipeline.errors import InputError
+from data_pipeline.index import IndexedRecord, read_prompt
+from data_pipeline.plan import Bucket
+from data_pipeline.regroup import Rule
+from data_pipeline.serving import ServingIndex
+from data_pipeline.transforms import check_size
+
+
+@dataclass
+class Encoding:
+    """What to encode, and by what.
+
+    Attributes:
+        shards: folders of shards.
+        output: folder of the cache: `data.cache.folder` and `model.text_cache` of a run.
+        pretrained: checkpoint folder of the encoders.
+        latents, texts: class paths with `from_pretrained(folder)`; "" leaves out pictures or texts.
+        image_size, size_multiple: as the run has them.
+        mirrored: encode pictures mirrored too, for runs with `augmentation.flip`.
+        index_root: as the run has it.
+    """
+
+    shards: Sequence[str]
+    output: Path
+    pretrained: str
+    latents: str
+    texts: str
+    image_size: int
+    size_multiple: int
+    mirrored: bool
+    index_root: Path
+
+    def run(self) -> str:
+        """Encodes what is not there yet, and says how much that was."""
+        check_size(self.image_size, self.size_multiple)
+        rule = Rule(self.image_size, self.size_multiple, 0.0)
+        index = ServingIndex(serving.build(self.index_root, {"": self.shards}, rule))
+        wanted: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {
+            self.latents: lambda: self.pictures(index),
+            self.texts: lambda: ((text, partial(str, text)) for text in texts(index)),
+        }
+        lines = []
+        for path, items in wanted.items():
+            if path:
+                encoder = named(path, self.pretrained)
+                store = FeatureStore(self.output, encoder.fingerprint)
+                lines.append(f"{path}: {fill(store, encoder, items()):,} new entries in {store.folder}")
+        return "\n".join(lines)
+
+    def pictures(self, index: ServingIndex) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """All pictures at their buckets' sizes."""
+        for bucket, record in records(index):
+            for mirrored in (False, True) if self.mirrored else (False,):
+                yield from wanted_features(record, bucket, mirrored)
+
+
+def records(index: ServingIndex) -> Iterator[tuple[Bucket, IndexedRecord]]:
+    """All records, held-out ones too, with their buckets."""
+    for part, streams in index.streams.items():
+        for stream, count in streams.items():
+            yield from ((stream[1], index.record(part, stream, i)) for i in range(count))
+
+
+def texts(index: ServingIndex) -> Iterator[str]:
+    """All texts."""
+    return (read_prompt(record) for _, record in records(index))
+
+
+def named(path: str, pretrained: str) -> Encoder:
+    """An encoder by its class path, from a checkpoint folder."""
+    module, _, name = path.rpartition(".")
+    try:
+        encoder: Encoder = getattr(importlib.import_module(module), name).from_pretrained(pretrained)
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        raise InputError(
+            f"cannot make an encoder of {path} and {pretrained} ({error}); expected the path of a class with "
+            "from_pretrained, and a checkpoint folder"
+        ) from error
+    return encoder

@@ -1,0 +1,199 @@
+"""One sidecar index regrouped for training: its records by stream, in an array that is mapped and read row by row.
+
+Everything here works on columns, so that a billion records cost arithmetic and not a Python object each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.errors import InputError
+from data_pipeline.index import place_of, shard_of
+from data_pipeline.plan import Bucket
+from data_pipeline.shards import atomic_write
+
+TASKS = {"text_image": "text_to_image", "edit": "edit"}  # the task that trains on a kind of record
+SETS = ("text_to_image", "edit", "multi_reference", "multi_turn")  # what the records of one folder fall into
+COLUMNS = ["key", "kind", "split", "sample_id", "turn", "field", "extension", "offset", "size", "width", "height"]
+COLUMNS += ["sha256", "xxh3"]
+NUMBERS = ["sample_id", "offset", "size", "width", "height", "xxh3"]
+REFERENCES = 64  # at most, of one record
+TEXT = REFERENCES + 1  # the first role behind those of pictures
+UNUSED = TEXT + 2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What decides the stream of a record.
+
+    Attributes:
+        image_size: pixels of the longer side.
+        multiple: both sides are multiples of it.
+        val_fraction: share of records without a split of their own that is held out, chosen by their ids.
+    """
+
+    image_size: int
+    multiple: int
+    val_fraction: float
+
+
+def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> None:
+    """Writes the records of a sidecar, sorted by stream; each has its target, its references and its text adjacent.
+
+    Args:
+        path: the sidecar index.
+        rule: how records fall into streams.
+        kept: sample ids that a selection kept; None keeps all.
+        output: a JSON file that says what is in the array beside it: the groups, the tar, a hash of the samples' ids.
+    """
+    try:
+        table = pq.read_table(path, columns=COLUMNS).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged or of an older version, build or index it again: {error}") from error
+    facts = table.schema.metadata or {}
+    shard = shard_of(path, facts)
+    record = numbered(table["key"])
+    role = roles(table["field"])
+    first = np.flatnonzero(np.diff(record, prepend=-1))
+    trained = np.isin(strings(table["kind"])[first], list(TASKS))
+    if kept is not None:
+        trained &= np.isin(table["sample_id"].to_numpy()[first], kept)
+    rows = np.flatnonzero((role < UNUSED) & trained[record] & ~second_text(record, role))
+    rows = rows[np.lexsort((role[rows], record[rows]))]
+    signatures, places = np.unique(signature(table, rows, record[rows], role[rows], rule), axis=0, return_inverse=True)
+    counts = np.bincount(places, minlength=len(signatures))
+    names = [signed(row.tolist()) for row in signatures]
+    order = sorted(range(len(names)), key=names.__getitem__)  # one order for all shards
+    rank = np.argsort(order)[places]
+    rows = rows[np.argsort(np.repeat(rank, lengths(record[rows])), kind="stable")]
+    chosen, extensions = array(table.take(pa.array(rows)), role[rows])
+    about = {
+        "shard": str(shard),
+        "stamp": stamp(shard, facts, ends(table)),
+        "place": place_of(facts),
+        "extensions": extensions,
+        "groups": [[*names[i], int(counts[i])] for i in order],
+        "digest": hashlib.sha256(chosen["sample_id"].tobytes()).hexdigest(),
+    }
+    buffer = io.BytesIO()
+    np.save(buffer, chosen, allow_pickle=False)
+    atomic_write(output.with_suffix(".npy"), buffer.getvalue())
+    atomic_write(output, json.dumps(about).encode())  # last: it marks the end
+
+
+def array(table: pa.Table, role: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Rows of an index as one array of fixed width, which worker processes map without any library; the extensions.
+
+    A sha256 or xxh3 that is not known is 0.
+    """
+    keys = np.asarray([key.encode() for key in table["key"].to_pylist()], dtype=np.bytes_)
+    extension = table["extension"].combine_chunks().dictionary_encode()
+    fields = [("key", keys.dtype), ("role", "u1"), ("extension", "u1"), ("sha256", "S32")]
+    rows = np.empty(len(keys), dtype=[*fields, *((name, "<u8" if name == "xxh3" else "<i8") for name in NUMBERS)])
+    rows["key"], rows["role"], rows["extension"] = keys, role, extension.indices.to_numpy()
+    rows["sha256"] = [digest or b"" for digest in table["sha256"].to_pylist()]
+    for name in NUMBERS:
+        rows[name] = table[name].fill_null(0).to_numpy()
+    return rows, extension.dictionary.to_pylist()
+
+
+def numbered(keys: pa.ChunkedArray) -> np.ndarray:
+    """The number of each row's record: adjacent rows of one key are one."""
+    codes = keys.combine_chunks().dictionary_encode().indices.to_numpy()
+    return np.cumsum(np.diff(codes, prepend=codes[:1]) != 0)
+
+
+def strings(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of few distinct texts as an array of them."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return np.asarray(encoded.dictionary.to_pylist(), dtype=np.str_)[encoded.indices.to_numpy()]
+
+
+def roles(fields: pa.ChunkedArray) -> np.ndarray:
+    """What each member is to its record: 0 the target, 1 + i reference i, then its texts, and what is not used."""
+    known = {"target": 0, "image": 0, "txt": TEXT, "json": TEXT + 1, **{f"source{i}": 1 + i for i in range(REFERENCES)}}
+    encoded = fields.combine_chunks().dictionary_encode()
+    values = np.asarray([known.get(name, UNUSED) for name in encoded.dictionary.to_pylist()], dtype=np.int64)
+    return values[encoded.indices.to_numpy()] if len(values) else np.empty(0, np.int64)
+
+
+def name_of_role(role: int, target: str) -> str:
+    """The field of a member."""
+    if role < TEXT:
+        return f"source{role - 1}" if role else target
+    return "txt" if role == TEXT else "json"
+
+
+def second_text(record: np.ndarray, role: np.ndarray) -> np.ndarray:
+    """The JSON members of records whose prompt lies in a text member of its own."""
+    return (role == TEXT + 1) & np.isin(record, record[role == TEXT])
+
+
+def lengths(record: np.ndarray) -> np.ndarray:
+    """Rows of each record."""
+    return np.diff(np.flatnonzero(np.diff(record, prepend=-1, append=-1)))
+
+
+def signature(table: pa.Table, rows: np.ndarray, record: np.ndarray, role: np.ndarray, rule: Rule) -> np.ndarray:
+    """Of each record: whether it is held out, the number of its set, then height and width of target and references."""
+    first = np.flatnonzero(np.diff(record, prepend=-1))
+    local = np.cumsum(np.diff(record, prepend=-1) != 0) - 1
+    picture = role < TEXT
+    width, height = (table[name].to_numpy()[rows] for name in ("width", "height"))
+    sizes = fit_sizes(height[picture], width[picture], rule)
+    references = np.bincount(local[picture], minlength=len(first)) - 1
+    if (role[first] != 0).any() or (lengths(record) != references + 2).any():
+        raise InputError("the index has a record without its target, a reference or its text; build or index it again")
+    shapes = np.zeros((len(first), 1 + references.max(initial=0), 2), dtype=np.int64)
+    shapes[local[picture], role[picture]] = sizes
+    one = references == 1
+    shapes[one, 1:2] = shapes[one, :1]  # one reference takes the target's size, as released
+    ids, splits = table["sample_id"].to_numpy()[rows][first], strings(table["split"].take(pa.array(rows[first])))
+    held_out = np.where(splits == "", ids % 10_000 < rule.val_fraction * 10_000, splits == "val")
+    turns = np.asarray(table["turn"].is_valid())[rows][first]
+    edited = strings(table["kind"].take(pa.array(rows[first]))) == "edit"
+    sets = np.where(~edited, 0, np.where(turns, 3, np.where(references > 1, 2, 1)))
+    return np.column_stack([held_out.astype(np.int64), sets, shapes.reshape(len(first), 2 * shapes.shape[1])])
+
+
+def fit_sizes(height: np.ndarray, width: np.ndarray, rule: Rule) -> np.ndarray:
+    """`transforms.fit_size` of many pictures, (N, 2)."""
+    sides = np.stack([height, width], axis=1).astype(np.float64)
+    fitted = np.rint(sides * (rule.image_size / sides.max(1, keepdims=True, initial=1)) / rule.multiple)
+    return np.maximum(1, fitted).astype(np.int64) * rule.multiple
+
+
+def signed(row: list[int]) -> tuple[str, str, Bucket]:
+    """A signature as part, set and bucket."""
+    sizes = tuple((row[i], row[i + 1]) for i in range(2, len(row), 2) if row[i])
+    return ("val" if row[0] else "train"), SETS[row[1]], sizes
+
+
+def ends(table: pa.Table) -> int:
+    """Where the last member ends."""
+    return int((table["offset"].to_numpy() + table["size"].to_numpy()).max(initial=0))
+
+
+def stamp(shard: Path | str, facts: Mapping[bytes, bytes], end: int) -> list[int]:
+    """Size and time of change of a local tar, which must hold all that its index names; nothing of one behind a URL."""
+    if isinstance(shard, str):
+        return []
+    try:
+        found = shard.stat()
+    except OSError as error:
+        raise InputError(f"cannot read {shard}: {error.strerror}; build or index it again") from error
+    if found.st_size < end or facts.get(b"bytes", str(found.st_size).encode()) != str(found.st_size).encode():
+        raise InputError(
+            f"{shard} has {found.st_size} bytes, its index is of a tar of {facts.get(b'bytes', b'').decode() or end}: "
+            "it was replaced or cut; build or index it again"
+        )
+    return [found.st_size, found.st_mtime_ns]

@@ -1,0 +1,167 @@
+"""The index that training reads: every record once, in its stream, of tars that are what was indexed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from micro import micro_shards
+
+from data_pipeline.dataset import PlannedDataset
+from data_pipeline.errors import InputError
+from data_pipeline.foreign import index
+from data_pipeline.index import load_index, read_member, read_prompt
+from data_pipeline.plan import Draw, PlannedBatch
+from data_pipeline.recipe import Recipe
+from data_pipeline.regroup import Rule
+from data_pipeline.select import Selection, select
+from data_pipeline.serving import ServingIndex, build
+from data_pipeline.sources import Manifest
+from data_pipeline.transforms import fit_size
+
+RULE = Rule(64, 32, 0.02)
+
+
+def served(tmp_path: Path, *folders: Path, rule: Rule = RULE) -> ServingIndex:
+    return ServingIndex(build(tmp_path / "index", {"": [str(folder) for folder in folders]}, rule))
+
+
+def everything(found: ServingIndex) -> list:
+    return [
+        (part, stream, found.record(part, stream, i))
+        for part, streams in found.streams.items()
+        for stream, count in streams.items()
+        for i in range(count)
+    ]
+
+
+def pairs(folder: Path, sizes: list[tuple[int, int]], turns: int = 0) -> Path:
+    """Edit records of several sizes and numbers of references, made by hand."""
+    from PIL import Image
+
+    folder.mkdir()
+    rows = []
+    for i, (width, height) in enumerate(sizes):
+        for name in ("a", "b", "c"):
+            Image.new("RGB", (width, height + 10 * (name == "b")), (i, 20, 30)).save(folder / f"{name}{i}.png")
+        sources = [f"a{i}.png", f"b{i}.png"] if i % 2 else [f"a{i}.png"]
+        rows.append({"input_images": sources, "output_image": f"c{i}.png", "instruction": f"edit {i}"})
+    (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "edits.jsonl"
+
+
+def test_every_record_is_there_once_with_all_its_members(tmp_path: Path) -> None:
+    folders = [micro_shards(tmp_path / "a", 50, 50), micro_shards(tmp_path / "b", 30, 0, level=2)]
+    expected = {(r.shard, r.key): r for folder in folders for r in load_index(folder)}
+    found = everything(served(tmp_path, *folders))
+    assert len(found) == len(expected) == 130
+    for part, (name, bucket), record in found:
+        other = expected[record.shard, record.key]
+        assert record.sample_id == other.sample_id and part == (other.split or part)
+        assert name == ("edit" if other.kind == "edit" else "text_to_image")
+        assert {n: m for n, m in record.members.items()} == other.members
+        assert read_prompt(record, verify=True) == read_prompt(other)
+        assert all(read_member(record, n, verify=True) == read_member(other, n) for n in record.members)
+        assert len(bucket) == len(record.members) - 1
+
+
+def test_buckets_are_the_released_rule_s(tmp_path: Path) -> None:
+    sizes = [(100, 100), (100, 60), (64, 200), (333, 77), (90, 100), (31, 30)]
+    manifest = pairs(tmp_path / "pairs", sizes)
+    Recipe(Manifest(str(manifest), "omnigen2")).build(tmp_path / "out")
+    found = everything(served(tmp_path, tmp_path / "out", rule=Rule(96, 16, 0.0)))
+    assert len(found) == len(sizes)
+    for _, (name, bucket), record in found:
+        i = int(read_prompt(record).split()[1])
+        width, height = sizes[i]
+        target = fit_size(height, width, 96, 16)
+        several = (target, target, fit_size(height + 10, width, 96, 16))
+        assert (name, bucket) == (("multi_reference", several) if i % 2 else ("edit", (target, target)))
+        assert list(record.members) == ["target", *(f"source{j}" for j in range(len(bucket) - 1)), "json"]
+
+
+def test_a_selection_is_honoured_and_a_new_one_too(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 40, 0)
+    assert len(everything(served(tmp_path, folder))) == 40
+    select(folder, Selection(share={"text_image": 0.5}))
+    kept = {record.key for record in load_index(folder)}
+    assert {record.key for *_, record in everything(served(tmp_path, folder))} == kept and 0 < len(kept) < 40
+
+
+def test_nothing_is_sorted_twice(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 60, 60)
+    served(tmp_path, folder)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*") if path.name != ".lock"}
+    served(tmp_path, folder)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*") if path.name != ".lock"}
+
+
+def test_the_content_is_the_same_wherever_the_shards_lie(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 30, 30)
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    contents = [served(tmp_path, path).content for path in (folder, tmp_path / "elsewhere")]
+    assert contents[0] == contents[1] != served(tmp_path, folder, rule=Rule(32, 32, 0.02)).content
+
+
+def test_a_tar_that_is_not_what_was_indexed_is_named_before_training(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 30, 0)
+    tar = next(folder.glob("*.tar"))
+    os.truncate(tar, tar.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"has \d+ bytes, its index is of a tar of \d+: it was replaced or cut"):
+        served(tmp_path, folder)
+
+
+def test_a_tar_replaced_under_a_running_job_is_named_at_the_sample(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 30, 0)
+    found = served(tmp_path, folder)
+    ((stream, _),) = found.streams["train"].items()
+    record = found.record("train", stream, 0)
+    read_member(record, "image", verify=True)
+    data = bytearray(record.shard.read_bytes())
+    member = record.members["image"]
+    data[member.offset + member.size // 2] ^= 1
+    record.shard.write_bytes(data)
+    with pytest.raises(InputError, match="was replaced or changed after this run had begun"):
+        read_member(record, "image")
+
+
+def test_a_flipped_bit_is_found_in_the_first_epoch_and_always_if_asked(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 30, 0)
+    ((stream, _),) = served(tmp_path, folder).streams["train"].items()
+    record = served(tmp_path, folder).record("train", stream, 0)
+    member = record.members["json"]
+    data = bytearray(record.shard.read_bytes())
+    at = data.index(b"origin", member.offset)
+    data[at] ^= 1
+    record.shard.write_bytes(data)
+    found = served(tmp_path, folder)  # sees another time of change, and the same size
+    for verify, epoch, wrong in (
+        ("first_epoch", 0, True),
+        ("first_epoch", 1, False),
+        ("always", 1, True),
+        ("never", 0, False),
+    ):
+        dataset = PlannedDataset([found], "train", verify=verify)
+        planned = PlannedBatch((Draw(stream, 0, epoch),))
+        if wrong:
+            with pytest.raises(InputError, match="is not what was indexed"):
+                dataset[planned]
+        else:
+            assert len(dataset[planned]) == 1
+
+
+def test_tars_by_others_are_served_where_they_lie(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 30, 30)
+    index([str(folder)], tmp_path / "foreign")
+    found = everything(served(tmp_path, tmp_path / "foreign"))
+    assert len(found) == 60
+    assert {read_prompt(r) for *_, r in found} == {read_prompt(r) for r in load_index(folder)}
+    assert all(
+        record.members[name].sha256.startswith("at-")
+        for *_, record in found
+        for name in record.members
+        if name != "json"
+    )

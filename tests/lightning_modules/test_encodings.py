@@ -1,0 +1,76 @@
+"""Cached, lazy and online encoding train alike, bit for bit; in bfloat16 they do too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from micro import micro_folder, micro_shards
+
+from data_pipeline.datamodule import Cache, ShardDataModule
+from data_pipeline.dataset import Augmentation
+from lightning_modules.kontext import KontextModule
+
+
+class Losses(L.Callback):
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.encoded: list[bool] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.found.append(outputs["loss"].item().hex())
+        self.encoded.append(batch.encoded)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("encodings")
+    return str(micro_folder(folder / "model")), str(micro_shards(folder / "shards", 24, 24))
+
+
+def losses(built: tuple[str, str], work: Path, cache: Cache | None, workers: int = 0, **options) -> Losses:
+    module = KontextModule(built[0], steps=8, max_sequence_length=8, text_cache=cache and cache.folder)
+    precision = options.pop("precision", "32-true")
+    data = ShardDataModule(
+        [built[1]], batch_size=3, size_multiple=16, steps=8, cache=cache, num_workers=workers,
+        index_root=str(work / "index"), **options,
+    )  # fmt: skip
+    seen = Losses()
+    trainer = L.Trainer(
+        max_steps=8, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[seen],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=work, limit_val_batches=0,
+        precision=precision,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    return seen
+
+
+OPTIONS = [{}, {"mixing": "mixed"}, {"augmentation": Augmentation(flip=0.5)}, {"precision": "bf16-mixed"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_cached_lazy_and_online_encoding_give_the_same_losses(
+    built: tuple[str, str], tmp_path: Path, options: dict
+) -> None:
+    online = losses(built, tmp_path, None, **options)
+    ahead = losses(built, tmp_path, Cache(str(tmp_path / "ahead")), workers=1, **options)
+    lazy = losses(built, tmp_path, Cache(str(tmp_path / "lazy"), "lazy"), **options)
+    again = losses(built, tmp_path, Cache(str(tmp_path / "lazy"), "lazy"), **options)
+    never = losses(built, tmp_path, Cache(str(tmp_path / "ahead"), "never"), **options)
+    assert online.found == ahead.found == lazy.found == again.found == never.found and len(set(online.found)) > 1
+    assert not any(online.encoded) and not any(lazy.encoded)
+    assert all(ahead.encoded) and all(again.encoded) and all(never.encoded)
+
+
+def test_the_posterior_is_sampled_anew_each_epoch(built: tuple[str, str], tmp_path: Path) -> None:
+    module = KontextModule(built[0], max_sequence_length=8)
+    module.configure_model()
+    data = ShardDataModule([built[1]], batch_size=2, size_multiple=16, index_root=str(tmp_path / "index"))
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    first, _ = module.encode(batch)
+    batch.epochs = batch.epochs + 1
+    second, _ = module.encode(batch)
+    assert not torch.equal(first, second) and (first - second).abs().max() < 1
