@@ -19,7 +19,7 @@ from data_pipeline.batches import ImageBatch
 from data_pipeline.cache import FeatureStore, fill
 from data_pipeline.dataset import Augmentation, PlannedDataset, PlanSampler, Verify, wanted_features
 from data_pipeline.errors import InputError
-from data_pipeline.index import read_prompt
+from data_pipeline.index import SCHEMA, read_prompt
 from data_pipeline.plan import Bucket, Draw, Plan, PlannedBatch, Stream
 from data_pipeline.read_ahead import LocalCopies
 from data_pipeline.recipe import Recipe
@@ -46,9 +46,9 @@ class SceneShards:
         return Recipe(Scenes(self.level, self.count_text_image, self.count_edit, self.seed))
 
     def folder(self) -> Path:
-        """Where they lie: a name for each recipe and each version of the code that draws scenes."""
-        digest = hashlib.sha256(self.recipe().fingerprint.encode())
-        for file in sorted(Path(scenes.__file__).parent.glob("*.py")):
+        """Where they lie: a name for each recipe, each version of the code that draws scenes, and of an index."""
+        digest = hashlib.sha256(f"{self.recipe().fingerprint}{SCHEMA}".encode())
+        for file in sorted(Path(scenes.__file__).parent.rglob("*.py")):
             digest.update(file.read_bytes())
         return Path(self.root) / f"level{self.level}-{digest.hexdigest()[:12]}"
 

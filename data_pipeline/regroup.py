@@ -58,7 +58,8 @@ def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> No
     try:
         table = pq.read_table(path, columns=COLUMNS).combine_chunks()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged or of an older version, build or index it again: {error}") from error
+        what = str(error).partition(" in ")[0]
+        raise InputError(f"{path} is damaged or of an older version, build or index it again: {what}") from error
     facts = table.schema.metadata or {}
     shard = shard_of(path, facts)
     record = numbered(table["key"])
