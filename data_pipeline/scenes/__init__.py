@@ -8,16 +8,23 @@ import random
 from PIL import Image
 
 from data_pipeline.records import EditRecord, EncodedImage, TextImageRecord
+from data_pipeline.scenes import free
 from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, describe, draw_scene
 from data_pipeline.scenes.edits import Edit, random_edit
+from data_pipeline.scenes.free import edits as free_edits
+from data_pipeline.scenes.free.world import Canvas
 from data_pipeline.scenes.renderer import render
-from data_pipeline.scenes.world import Scene
+from data_pipeline.scenes.world import LEVELS, Scene
+
+FREE = 3  # the level whose shapes are placed freely
+ALL_LEVELS = (*LEVELS, FREE)
 
 
-def encode_png(scene: Scene) -> EncodedImage:
+def encode_png(scene: Scene | Canvas) -> EncodedImage:
     """A rendered scene as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(render(scene)).save(buffer, "PNG", compress_level=1)
+    picture = render(scene) if isinstance(scene, Scene) else free.world.render(scene)
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return EncodedImage(buffer.getvalue(), "png")
 
 
@@ -33,16 +40,29 @@ def random_caption(rng: random.Random, level: int, split: str) -> tuple[Scene, C
 
 def text_image_record(level: int, seed: int, number: int, split: str) -> TextImageRecord:
     """A captioned scene of `split`, a function of its arguments alone."""
-    scene, caption = random_caption(random.Random(f"caption/{level}/{seed}/{number}"), level, split)
+    rng = random.Random(f"caption/{level}/{seed}/{number}")
+    scene: Scene | Canvas
+    scene, caption = free.random_caption(rng, split) if level == FREE else random_caption(rng, level, split)
     facts = {"scene": scene.canonical, "task": caption.task}
     return TextImageRecord(f"caption-{number:07d}", encode_png(scene), caption.text, "scenes", "CC0-1.0", split, facts)
 
 
 def edit_record(level: int, seed: int, number: int, split: str) -> EditRecord:
     """An edit between scenes of `split`, a function of its arguments alone."""
-    edit = random_edit(random.Random(f"edit/{level}/{seed}/{number}"), level, split)
+    rng = random.Random(f"edit/{level}/{seed}/{number}")
+    if level == FREE:
+        return free_edit_record(number, free_edits.random_edit(rng, split), split)
+    edit = random_edit(rng, level, split)
     facts = {"scene": edit.target.canonical, "source": edit.source.canonical, "task": edit.kind}
     images = (encode_png(edit.source),), encode_png(edit.target)
+    return EditRecord(f"edit-{number:07d}", *images, edit.instruction, "scenes", "CC0-1.0", split, facts)
+
+
+def free_edit_record(number: int, edit: free_edits.FreeEdit, split: str) -> EditRecord:
+    """An edit of level 3; one that takes an object from a second picture has two sources."""
+    sources = [source.canonical for source in edit.sources]
+    facts = {"scene": edit.target.canonical, "source": sources[0], "task": edit.kind, "reference": sources[1:]}
+    images = tuple(map(encode_png, edit.sources)), encode_png(edit.target)
     return EditRecord(f"edit-{number:07d}", *images, edit.instruction, "scenes", "CC0-1.0", split, facts)
 
 

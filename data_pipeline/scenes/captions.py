@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 from data_pipeline.scenes.world import LEVELS, Object, Scene, random_scene
 
@@ -33,8 +34,8 @@ class Clause:
     size: str | None = None
     cell: int | None = None
 
-    def matches(self, o: Object) -> bool:
-        """Whether an object is one of those the clause speaks of."""
+    def matches(self, o: Any) -> bool:
+        """Whether an object, of any level, is one of those the clause speaks of."""
         named = ((self.shape, o.shape), (self.colour, o.colour), (self.size, o.size), (self.cell, o.cell))
         return all(wanted is None or wanted == found for wanted, found in named)
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
 from data_pipeline.records import Record
-from data_pipeline.scenes import edit_record, text_image_record
-from data_pipeline.scenes.world import LEVELS
+from data_pipeline.scenes import ALL_LEVELS, edit_record, text_image_record
 from data_pipeline.sources.protocol import Unit, digest
 
 VAL_SHARE = 1 / 16  # of captions and of edits, at their end
@@ -24,8 +23,8 @@ class Scenes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise InputError(f"source.level is {self.level}; scenes have the levels {sorted(LEVELS)}")
+        if self.level not in ALL_LEVELS:
+            raise InputError(f"source.level is {self.level}; scenes have the levels {list(ALL_LEVELS)}")
         if min(self.count_text_image, self.count_edit) < 0 or self.count_text_image + self.count_edit == 0:
             raise InputError("source.count_text_image and source.count_edit must be 0 or more, and not both 0")
 
