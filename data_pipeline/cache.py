@@ -58,6 +58,7 @@ class FeatureStore:
         self._check()
         self._tars: list[Path] = []
         self._rows = np.empty(0, ROW)
+        self._highs = np.empty(0, np.uint64)
         self._files: dict[int, int] = {}
         self._pending: dict[str, bytes] = {}
         self._changed = -1
@@ -78,19 +79,26 @@ class FeatureStore:
         """Whether every entry is there to be read."""
         return all(self._find(name) is not None for name in names)
 
-    def read(self, name: str) -> Features:
-        """An entry's tensors. Raises KeyError if there is none, InputError if it was damaged."""
+    def get(self, name: str) -> Features | None:
+        """An entry's tensors, or None if there is none. Raises InputError if it was damaged."""
         row = self._find(name)
         if row is None:
-            raise KeyError(name)
-        tar = int(row["tar"])
+            return None
+        _, _, offset, size, xxh3, tar = row
         if tar not in self._files:
             self._files[tar] = os.open(self._tars[tar], os.O_RDONLY | os.O_CLOEXEC)
-        data = os.pread(self._files[tar], int(row["size"]), int(row["offset"]))
-        if xxh3_64_intdigest(data) != int(row["xxh3"]):
+        data = os.pread(self._files[tar], size, offset)
+        if xxh3_64_intdigest(data) != xxh3:
             path = self._tars[tar]
-            raise InputError(f"{path} is damaged at byte {row['offset']}; delete {path} and {index_of(path)}")
+            raise InputError(f"{path} is damaged at byte {offset}; delete {path} and {index_of(path)}")
         return load(data)
+
+    def read(self, name: str) -> Features:
+        """An entry's tensors; a KeyError if there is none."""
+        found = self.get(name)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def add(self, name: str, features: Features) -> None:
         """Keeps an entry; it can be read when `commit` has run, by itself after every ENTRIES entries."""
@@ -118,7 +126,7 @@ class FeatureStore:
         atomic_write(index_of(path), index.getvalue())  # last: it marks the end
         self._pending.clear()
 
-    def _find(self, name: str) -> np.void | None:
+    def _find(self, name: str) -> tuple[int, ...] | None:
         key = key_of(name)
         found = self._look_up(*key)
         if found is None and self._changed != (changed := self.folder.stat().st_mtime_ns):
@@ -127,11 +135,14 @@ class FeatureStore:
             found = self._look_up(*key)
         return found
 
-    def _look_up(self, high: int, low: int) -> np.void | None:
-        at = int(np.searchsorted(self._rows["high"], np.uint64(high)))
-        while at < len(self._rows) and int(self._rows[at]["high"]) == high:
-            if int(self._rows[at]["low"]) == low:
-                return self._rows[at]
+    def _look_up(self, high: int, low: int) -> tuple[int, ...] | None:
+        at = int(self._highs.searchsorted(np.uint64(high)))
+        while at < len(self._rows):
+            row: tuple[int, ...] = self._rows[at].item()
+            if row[:2] == (high, low):
+                return row
+            if row[0] != high:
+                break
             at += 1
         return None
 
@@ -144,6 +155,7 @@ class FeatureStore:
             table["tar"] = number
         self._tars += new
         self._rows = np.sort(np.concatenate([self._rows, *tables]), order=["high", "low"])
+        self._highs = np.ascontiguousarray(self._rows["high"])
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_files": {}, "_pending": {}}  # a worker opens files itself, and adds nothing

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from data_pipeline import scenes, serving
 from data_pipeline.batches import ImageBatch
 from data_pipeline.cache import FeatureStore, fill
-from data_pipeline.dataset import Augmentation, PlannedDataset, PlanSampler, Verify, wanted_features
+from data_pipeline.dataset import Augmentation, PlannedDataset, PlanSampler, ThreadedLoader, Verify, wanted_features
 from data_pipeline.errors import InputError
 from data_pipeline.index import SCHEMA, read_prompt
 from data_pipeline.plan import Bucket, Draw, Plan, PlannedBatch, Stream
@@ -79,7 +79,7 @@ class ShardDataModule(L.LightningDataModule):
         batch_tokens: instead of `batch_size`, areas of size_multiple x size_multiple pixels, references included.
         image_size: pixels of the longer side; or by the optimiser step that a size begins at: {0: 256, 20000: 512}.
         size_multiple: both sides are multiples of it: autoencoder factor x patch size, 32 as released.
-        num_workers: processes that decode; 0 decodes in this one.
+        num_workers: processes that decode; 0 decodes in a thread of this one.
         seed: of the order.
         steps: batches of the whole run: optimiser steps x accumulation.
         val_fraction: share of records without a split of their own that is held out, chosen by their ids.
@@ -134,6 +134,7 @@ class ShardDataModule(L.LightningDataModule):
         self.indexes: list[ServingIndex] = []
         self.consumed: list[Plan] = []
         self._store: FeatureStore | None = None
+        self._writer: FeatureStore | None = None
 
     def prepare_data(self) -> None:
         """Builds what is missing: scene shards, the sorted indexes and, where asked for, the cache (rank 0)."""
@@ -159,8 +160,8 @@ class ShardDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Writes what a lazy cache has not written yet."""
-        if self._store is not None:
-            self._store.commit()
+        if self._writer is not None:
+            self._writer.commit()
 
     def _load(self) -> None:
         if self.indexes:
@@ -243,15 +244,18 @@ class ShardDataModule(L.LightningDataModule):
             self.consumed[batch.phase].advance()
         return batch
 
-    def train_dataloader(self) -> DataLoader[ImageBatch]:
+    def train_dataloader(self) -> ThreadedLoader | DataLoader[ImageBatch]:
         """The plan from where training stands, so that resuming needs no loader state and allows any worker count."""
         require = self.cache is not None and self.cache.fill == "never"
         if self.cache is not None and self.cache.fill == "lazy":
-            self._encoder().store = self._store
+            self._writer = self._encoder().store = FeatureStore(self.cache.folder, self._encoder().fingerprint)
         dataset = PlannedDataset(
             self.indexes, "train", self._store, self.augmentation, self.verify, require, self.remote_copies
         )
-        return self._loader(dataset, PlanSampler(self._planned, self._length), self.num_workers)
+        sampler = PlanSampler(self._planned, self._length)
+        if not self.num_workers:
+            return ThreadedLoader(dataset, sampler)
+        return self._loader(dataset, sampler, self.num_workers)
 
     def _loader(self, dataset: PlannedDataset, sampler: Any, workers: int) -> DataLoader[ImageBatch]:
         return DataLoader(

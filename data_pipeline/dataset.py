@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,6 +24,7 @@ from data_pipeline.serving import ServingIndex
 from data_pipeline.transforms import Size, decode, to_tensor
 
 Verify = Literal["first_epoch", "always", "never"]
+AHEAD = 2  # batches that a thread makes before they are asked for
 SIDES = ("left", "right")  # words that a mirrored picture makes wrong
 
 
@@ -107,11 +110,9 @@ class PlannedDataset(Dataset[ImageBatch]):
             [content_name(record, *each, mirror) for each in sized(record, bucket)]
             for record, bucket, mirror in zip(records, buckets, mirrored, strict=True)
         ]
-        stored = self.stored(contents)
-        if stored:
-            assert self.store is not None
-            pictures = [[self.store.read(name)["moments"].float() for name in row] for row in contents]
-        else:
+        pictures = self.stored(contents)
+        encoded = pictures is not None
+        if pictures is None:
             records = fetched(records, None, self.copies)
             pictures = [
                 [load_pixels(record, *each, mirror, check) for each in sized(record, bucket)]
@@ -125,22 +126,29 @@ class PlannedDataset(Dataset[ImageBatch]):
             prompts=prompts,
             target=torch.stack([row[0] for row in pictures]),
             references=collate_references([row[1:] for row in pictures]),
-            encoded=stored,
+            encoded=encoded,
             contents=contents,
             phase=planned.phase,
         )
 
-    def stored(self, contents: Sequence[Sequence[str]]) -> bool:
-        """Whether the moments of a whole batch are there."""
+    def stored(self, contents: Sequence[Sequence[str]]) -> list[list[Tensor]] | None:
+        """The moments of a batch, fp32, where the store has all of them."""
         if self.store is None:
-            return False
-        missing = next((name for row in contents for name in row if not self.store.has_all([name])), None)
-        if missing is not None and self.require:
-            raise InputError(
-                f"the cache {self.store.folder} has no entry for {missing}; fill it with python -m data_pipeline "
-                'cache, or set cache.fill to "ahead" or "lazy"'
-            )
-        return missing is None
+            return None
+        found: list[list[Tensor]] = [[] for _ in contents]
+        for row, names in zip(found, contents, strict=True):
+            for name in names:
+                features = self.store.get(name)
+                if features is not None:
+                    row.append(features["moments"].float())
+                elif self.require:
+                    raise InputError(
+                        f"the cache {self.store.folder} has no entry for {name}; fill it with python -m data_pipeline "
+                        'cache, or set cache.fill to "ahead" or "lazy"'
+                    )
+                else:
+                    return None
+        return found
 
     def checks(self, draw: Draw) -> bool:
         """Whether what is read for a draw is compared with its hash."""
@@ -160,6 +168,33 @@ def load_pixels(record: IndexedRecord, name: str, size: Size, mirrored: bool = F
             f"here, so the file was damaged since: build it again; of tars by others, lint names all that do not"
         ) from error
     return pixels.flip(-1) if mirrored else pixels
+
+
+class ThreadedLoader:
+    """The batches of a sampler, each made by a thread while those before it are trained on."""
+
+    def __init__(self, dataset: PlannedDataset, sampler: PlanSampler) -> None:
+        self.dataset, self.sampler = dataset, sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        waiting: deque[Future[ImageBatch]] = deque()
+        pool = ThreadPoolExecutor(1)
+        try:
+            for planned in self.sampler:
+                waiting.append(pool.submit(self._batch, planned))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batch(self, planned: PlannedBatch) -> ImageBatch:
+        batch = self.dataset[planned]
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 class PlanSampler(Sampler[PlannedBatch]):
