@@ -43,9 +43,9 @@ class Summary(Callback):
         self._setup_seconds = time.perf_counter() - self._created
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks rank 0, so every rank must ask
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         started, metrics = time.perf_counter(), dict[str, float]()
         if self.benchmark is not None:
             with averaged(trainer, pl_module, full_precision=True), inference(trainer, pl_module):

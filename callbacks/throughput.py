@@ -32,8 +32,9 @@ PEAK_FLOPS = {
 class Throughput(Callback):
     """Logs samples/s, the share of time spent waiting for data, MFU and peak memory every n optimizer steps.
 
-    Waiting is the time between `on_train_batch_end` and the next `on_train_batch_start`, so list this callback after
-    those that work in `on_train_batch_end`, such as SampleGrid. Pauses with a validation or a checkpoint in them are
+    Waiting is what the training loader says of itself (`waited`, in seconds), else the time between
+    `on_train_batch_end` and the next `on_train_batch_start`; list this callback after those that work in
+    `on_train_batch_end`, such as SampleGrid. Pauses with a validation or a checkpoint in them are
     left out of these figures, but not out of `train_seconds`.
 
     Args:
@@ -74,7 +75,7 @@ class Throughput(Callback):
         if self._first_time is None:
             self._first_time = self._end_time = now
         elif not self._paused:
-            self._window.wait_seconds += now - self._end_time
+            self._window.gap_seconds += now - self._end_time
         self._window.batch_start = now
         self._paused = False
 
@@ -92,7 +93,7 @@ class Throughput(Callback):
             self._step = trainer.global_step
             if self._step % self.every_n_steps == 0:
                 self._log(trainer, pl_module)
-                self._window = _Window()
+                self._window = _Window(getattr(trainer.train_dataloader, "waited", 0.0))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = True
@@ -109,10 +110,12 @@ class Throughput(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         window = self._window
-        seconds = max(window.work_seconds + window.wait_seconds, 1e-9)
+        seconds = max(window.work_seconds + window.gap_seconds, 1e-9)
+        waited = getattr(trainer.train_dataloader, "waited", None)
+        wait_seconds = window.gap_seconds if waited is None else waited - window.waited_before
         metrics = {
             "throughput/samples_per_second": window.samples / seconds,
-            "throughput/data_wait_share": window.wait_seconds / seconds,
+            "throughput/data_wait_share": wait_seconds / seconds,
             "throughput/peak_memory_gib": peak_memory_bytes(trainer.strategy.root_device) / 2**30,
         }
         if self.peak_flops is not None and window.flops > 0:
@@ -126,11 +129,12 @@ class Throughput(Callback):
 class _Window:
     """Sums since the last log."""
 
-    def __init__(self) -> None:
+    def __init__(self, waited_before: float = 0.0) -> None:
+        self.waited_before = waited_before
         self.samples = 0
         self.flops = 0.0
         self.work_seconds = 0.0
-        self.wait_seconds = 0.0
+        self.gap_seconds = 0.0
         self.batch_start = 0.0
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,15 @@ from torch.utils.data import DataLoader
 from data_pipeline import scenes, serving
 from data_pipeline.batches import ImageBatch
 from data_pipeline.cache import FeatureStore, fill
-from data_pipeline.dataset import Augmentation, PlannedDataset, PlanSampler, ThreadedLoader, Verify, wanted_features
+from data_pipeline.dataset import (
+    Augmentation,
+    PlannedDataset,
+    PlanSampler,
+    ThreadedLoader,
+    TimedLoader,
+    Verify,
+    wanted_features,
+)
 from data_pipeline.errors import InputError
 from data_pipeline.index import SCHEMA, read_prompt
 from data_pipeline.plan import Bucket, Draw, Plan, PlannedBatch, Stream
@@ -244,7 +253,7 @@ class ShardDataModule(L.LightningDataModule):
             self.consumed[batch.phase].advance()
         return batch
 
-    def train_dataloader(self) -> ThreadedLoader | DataLoader[ImageBatch]:
+    def train_dataloader(self) -> TimedLoader:
         """The plan from where training stands, so that resuming needs no loader state and allows any worker count."""
         require = self.cache is not None and self.cache.fill == "never"
         if self.cache is not None and self.cache.fill == "lazy":
@@ -254,8 +263,8 @@ class ShardDataModule(L.LightningDataModule):
         )
         sampler = PlanSampler(self._planned, self._length)
         if not self.num_workers:
-            return ThreadedLoader(dataset, sampler)
-        return self._loader(dataset, sampler, self.num_workers)
+            return TimedLoader(ThreadedLoader(dataset, sampler))
+        return TimedLoader(self._loader(dataset, sampler, self.num_workers))
 
     def _loader(self, dataset: PlannedDataset, sampler: Any, workers: int) -> DataLoader[ImageBatch]:
         return DataLoader(
@@ -272,15 +281,21 @@ class ShardDataModule(L.LightningDataModule):
     def _held_out(self) -> tuple[ServingIndex, str]:
         """The last resolution's index, and the part to validate on: the training records where none is held out."""
         index = self.indexes[-1]
-        return index, "val" if index.streams["val"] else "train"
+        return index, "val" if self._trained(index.streams["val"]) else "train"
+
+    def _trained(self, streams: Mapping[Stream, int]) -> list[str]:
+        """The sets of these streams that are trained on."""
+        return sorted({name for name, _ in streams if (self.ratio or {}).get(name, 0) > 0})
 
     def val_dataloader(self) -> DataLoader[ImageBatch]:
         """Fixed batches of held-out records, sets in turn."""
         index, part = self._held_out()
         streams = index.streams[part]
-        ratio = {name: share for name, share in (self.ratio or {}).items() if any(s[0] == name for s in streams)}
-        plan = Plan(streams, ratio, self.samples, self.seed)
-        return self._loader(PlannedDataset([index], part), [next(plan) for _ in range(self.val_batches)], 0)
+        plan = Plan(
+            streams, {name: (self.ratio or {})[name] for name in self._trained(streams)}, self.samples, self.seed
+        )
+        planned = [next(plan) for _ in range(self.val_batches)]
+        return self._loader(PlannedDataset([index], part), PlanSampler(partial(iter, planned), planned.__len__), 0)
 
     def prompts(self) -> Iterator[str]:
         """The texts that will be trained on, in stored order."""
@@ -288,7 +303,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def first_batches(self) -> Iterator[ImageBatch]:
         """The first training batch of each set."""
-        waiting = {name for name, share in (self.ratio or {}).items() if share > 0}
+        waiting = set(self._trained(self.indexes[0].streams["train"]))
         dataset = PlannedDataset(self.indexes, "train", self._store, self.augmentation)
         plan = self.plans()[0]
         while waiting:
@@ -302,12 +317,11 @@ class ShardDataModule(L.LightningDataModule):
         """For each set the same few held-out records of its commonest bucket, as pixels."""
         index, part = self._held_out()
         batches = []
-        for name in sorted(name for name, share in (self.ratio or {}).items() if share > 0):
+        for name in self._trained(index.streams[part]):
             counts = {stream: count for stream, count in index.streams[part].items() if stream[0] == name}
-            if counts:
-                stream = max(counts, key=counts.__getitem__)
-                draws = tuple(Draw(stream, i, 0) for i in range(min(num_samples, counts[stream])))
-                batches.append(PlannedDataset([index], part)[PlannedBatch(draws)])
+            stream = max(counts, key=counts.__getitem__)
+            draws = tuple(Draw(stream, i, 0) for i in range(min(num_samples, counts[stream])))
+            batches.append(PlannedDataset([index], part)[PlannedBatch(draws)])
         return batches
 
     def content(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import FeatureStore
@@ -197,8 +198,35 @@ class ThreadedLoader:
         return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
-class PlanSampler(Sampler[PlannedBatch]):
-    """What `batches` gives from where training stands; `length` is that of the whole run."""
+class TimedLoader:
+    """A loader that notes how long it let training wait.
+
+    Attributes:
+        waited: seconds, in all.
+    """
+
+    def __init__(self, loader: ThreadedLoader | DataLoader[ImageBatch]) -> None:
+        self.loader, self.waited = loader, 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        batches = iter(self.loader)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+
+class PlanSampler(DistributedSampler[PlannedBatch]):
+    """What `batches` gives from where training stands; `length` is that of the whole run.
+
+    The plan has divided the samples between the ranks; were this no DistributedSampler, a Trainer would do it again.
+    """
 
     def __init__(self, batches: Callable[[], Iterator[PlannedBatch]], length: Callable[[], int]) -> None:
         self.batches, self.length = batches, length
