@@ -18,7 +18,7 @@ from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import FeatureStore
 from data_pipeline.counters import generator
 from data_pipeline.errors import InputError
-from data_pipeline.index import TEXT_FIELDS, IndexedRecord, read_member, read_prompt
+from data_pipeline.index import TEXT_FIELDS, IndexedRecord, read_prompt, view_member
 from data_pipeline.plan import PHASE_EPOCHS, Bucket, Draw, PlannedBatch
 from data_pipeline.read_ahead import LocalCopies, fetched
 from data_pipeline.serving import ServingIndex
@@ -158,7 +158,7 @@ class PlannedDataset(Dataset[ImageBatch]):
 
 def load_pixels(record: IndexedRecord, name: str, size: Size, mirrored: bool = False, verify: bool = False) -> Tensor:
     """A member decoded and resized, (3, H, W) in [-1, 1]."""
-    data = read_member(record, name, verify)
+    data = view_member(record, name, verify)
     try:
         pixels = to_tensor(decode(data, size), size)
     except InputError:

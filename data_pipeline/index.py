@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,43 +197,55 @@ def _grouped(path: Path) -> Iterable[IndexedRecord]:
         yield current
 
 
-class _Descriptor:
-    """A file open for reading, closed when nobody holds it any more: an evicted one may still be in use."""
+class _MappedFile:
+    """A file mapped into memory; an evicted one goes when nobody holds a part of it any more."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.stamp: tuple[int, int] | None = None
+        self.view = memoryview(b"")
 
-    def stamp(self) -> tuple[int, int]:
+    def refresh(self) -> None:
+        """Maps the file again if it has changed: what lies behind its end must not be touched."""
         found = os.fstat(self.number)
-        return found.st_size, found.st_mtime_ns
+        if self.stamp != (found.st_size, found.st_mtime_ns):
+            self.stamp = found.st_size, found.st_mtime_ns
+            mapped = mmap.mmap(self.number, 0, prot=mmap.PROT_READ) if found.st_size else b""
+            self.view = memoryview(mapped)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
 
 
-@lru_cache(maxsize=256)
-def _descriptor(path: str, process: int) -> _Descriptor:
-    # One descriptor a file and process: a descriptor inherited by fork is fine to pread, but may have been evicted.
-    return _Descriptor(path)
+@lru_cache(maxsize=128)
+def _mapped(path: str) -> _MappedFile:
+    return _MappedFile(path)
 
 
 def read_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes:
-    """The bytes of a member, by one positional read of a file or one range of a URL; `verify` checks their hash."""
+    """The bytes of a member; `verify` compares them with their hash."""
+    return bytes(view_member(record, name, verify))
+
+
+def view_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes | memoryview:
+    """A member without a copy where it lies in a file, which is mapped; a range of a URL is fetched."""
     member = record.members[name]
+    data: bytes | memoryview
     if name in record.held:
         data = record.held[name]
     elif isinstance(record.shard, str):
         data = remote.read_range(record.shard, member.offset, member.offset + member.size)
     else:
         try:
-            file = _descriptor(str(record.shard), os.getpid())
-            if record.stamp and file.stamp() != record.stamp:
+            file = _mapped(str(record.shard))
+            file.refresh()
+            if record.stamp and file.stamp != record.stamp:
                 raise InputError(
                     f"{record.shard} was replaced or changed after this run had begun; start the run again, it goes on "
                     "where it stood if the samples are the same"
                 )
-            data = os.pread(file.number, member.size, member.offset)
+            data = file.view[member.offset : member.offset + member.size]
         except OSError as error:
             raise InputError(f"cannot read {record.shard}: {error.strerror}; build or index it again") from error
     if len(data) != member.size:

@@ -41,7 +41,7 @@ def check_size(image_size: int, multiple: int) -> None:
         )
 
 
-def decode(data: bytes, size: Size | None = None) -> Image.Image:
+def decode(data: bytes | memoryview, size: Size | None = None) -> Image.Image:
     """Encoded bytes to an RGB picture: upright by its EXIF orientation, transparency over white; resized to `size`.
 
     A JPEG that is at least twice too large is decoded at a half, a quarter or an eighth, which is much faster; the rest
