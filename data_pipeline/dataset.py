@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Empty, Queue
 from typing import Literal
 
 import torch
@@ -181,21 +182,32 @@ class ThreadedLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        waiting: deque[Future[ImageBatch]] = deque()
-        pool = ThreadPoolExecutor(1)
+        ready: Queue[ImageBatch | BaseException | None] = Queue(AHEAD)
+        stopped = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(ready, stopped), daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            while thread.is_alive():  # it may wait for a place
+                with suppress(Empty):
+                    ready.get_nowait()
+                thread.join(0.01)
+
+    def _produce(self, ready: Queue[ImageBatch | BaseException | None], stopped: threading.Event) -> None:
         try:
             for planned in self.sampler:
-                waiting.append(pool.submit(self._batch, planned))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _batch(self, planned: PlannedBatch) -> ImageBatch:
-        batch = self.dataset[planned]
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+                if stopped.is_set():
+                    return
+                batch = self.dataset[planned]
+                ready.put(batch.pin_memory() if torch.cuda.is_available() else batch)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
 
 
 class TimedLoader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -331,3 +332,17 @@ def test_missing_scene_shards_are_built_once(tmp_path: Path) -> None:
     index = data.indexes[0]
     assert sum(count for part in index.streams.values() for count in part.values()) == 64
     assert len([path for path in tmp_path.glob("level1-*") if path.is_dir()]) == 1
+
+
+def test_a_thread_s_mistake_is_the_loop_s_and_leaving_early_ends_it(shards: str) -> None:
+    data = module(shards)
+    data.setup("fit")
+    before = threading.active_count()
+    for _ in data.train_dataloader():
+        break
+    assert threading.active_count() == before
+    loader = data.train_dataloader()
+    loader.loader.dataset.indexes = []  # a mistake in the middle
+    with pytest.raises(IndexError):
+        list(loader)
+    assert threading.active_count() == before
