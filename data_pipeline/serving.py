@@ -102,6 +102,7 @@ class ServingIndex:
         index = json.loads((folder / "index.json").read_text())
         self.folder, self.files, self.content = folder, index["files"], index["content"]
         self._counts: np.ndarray = np.load(folder / "counts.npy", mmap_mode="r", allow_pickle=False)
+        self._root = str(folder.parent)
         self._ends: dict[int, np.ndarray] = {}
         self._columns: dict[tuple[str, Stream], tuple[int, Group]] = {}
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
@@ -119,7 +120,7 @@ class ServingIndex:
     def record(self, part: str, stream: Stream, number: int) -> IndexedRecord:
         """One record of a stream, in the order of folders and shards."""
         file, group, within = self.locate(part, stream, number)
-        return regrouped(str(self.folder.parent / file)).record(group, within)
+        return regrouped(f"{self._root}/{file}").record(group, within)
 
     def locate(self, part: str, stream: Stream, number: int) -> tuple[str, Group, int]:
         """The regrouped file that a record is in, its group there, and its number in the group."""
