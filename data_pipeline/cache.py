@@ -21,7 +21,7 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards import atomic_write
+from data_pipeline.shards import atomic_save, atomic_write
 
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("xxh3", "<u8"), ("tar", "<i8")])
 ENTRIES = 1024  # of a tar: what a killed process has to encode again
@@ -121,9 +121,7 @@ class FeatureStore:
                 tar.addfile(entry, io.BytesIO(data))
         path = self.folder / f"{hashlib.sha256(rows.tobytes()).hexdigest()[:16]}.tar"
         atomic_write(path, buffer.getvalue())
-        index = io.BytesIO()
-        np.save(index, rows, allow_pickle=False)
-        atomic_write(index_of(path), index.getvalue())  # last: it marks the end
+        atomic_save(index_of(path), rows)  # last: it marks the end
         self._pending.clear()
 
     def _find(self, name: str) -> tuple[int, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from data_pipeline.dataset import (
     wanted_features,
 )
 from data_pipeline.errors import InputError
-from data_pipeline.index import SCHEMA, read_prompt
+from data_pipeline.index import SCHEMA, IndexedRecord, read_prompt
 from data_pipeline.plan import Bucket, Draw, Plan, PlannedBatch, Stream
 from data_pipeline.read_ahead import LocalCopies
 from data_pipeline.recipe import Recipe
@@ -157,7 +157,8 @@ class ShardDataModule(L.LightningDataModule):
         self._load()
         if self.cache is not None and self.cache.fill == "ahead":
             encoder = self._encoder()
-            wanted = (item for phase in range(len(self.sizes)) for item in self._wanted(phase))
+            records = (found for index in self.indexes for found in self._records(index))
+            wanted = wanted_features(records, self.augmentation.flip > 0)
             if count := fill(FeatureStore(self.cache.folder, encoder.fingerprint), encoder, wanted):
                 logger.info("encoded %d pictures, once, for the cache in %s", count, self.cache.folder)
 
@@ -197,18 +198,9 @@ class ShardDataModule(L.LightningDataModule):
         assert self.trainer is not None
         return self.trainer.lightning_module.latent_encoder()  # type: ignore[operator]
 
-    def _wanted(self, phase: int) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-        """What a cache of everything holds: names, and what loads each."""
-        for stream, record in self._records(phase):
-            for mirrored in (False, True) if self.augmentation.flip else (False,):
-                yield from wanted_features(record, stream[1], mirrored)
-
-    def _records(self, phase: int) -> Iterator[tuple[Stream, Any]]:
+    def _records(self, index: ServingIndex) -> Iterator[tuple[Bucket, IndexedRecord]]:
         """All training records of sets that are trained on, in stored order."""
-        index = self.indexes[phase]
-        for stream, count in index.streams["train"].items():
-            if (self.ratio or {}).get(stream[0], 0) > 0:
-                yield from ((stream, index.record("train", stream, i)) for i in range(count))
+        return index.records("train", self._trained(index.streams["train"]))
 
     def samples(self, bucket: Bucket) -> int:
         """Samples of a bucket in a rank's batch."""
@@ -299,7 +291,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def prompts(self) -> Iterator[str]:
         """The texts that will be trained on, in stored order."""
-        return (read_prompt(record) for _, record in self._records(0))
+        return (read_prompt(record) for _, record in self._records(self.indexes[0]))
 
     def first_batches(self) -> Iterator[ImageBatch]:
         """The first training batch of each set."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -66,11 +66,13 @@ def content_name(record: IndexedRecord, name: str, size: Size, mirrored: bool) -
 
 
 def wanted_features(
-    record: IndexedRecord, bucket: Bucket, mirrored: bool
+    records: Iterable[tuple[Bucket, IndexedRecord]], flips: bool
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Names of a record's pictures in a cache, and what loads each."""
-    for name, size in sized(record, bucket):
-        yield content_name(record, name, size, mirrored), partial(load_pixels, record, name, size, mirrored)
+    """Names of the records' pictures in a cache, mirrored ones too where `flips`, and what loads each."""
+    for bucket, record in records:
+        for mirrored in (False, True) if flips else (False,):
+            for name, size in sized(record, bucket):
+                yield content_name(record, name, size, mirrored), partial(load_pixels, record, name, size, mirrored)
 
 
 class PlannedDataset(Dataset[ImageBatch]):

@@ -50,7 +50,7 @@ class Encoding:
         rule = Rule(self.image_size, self.size_multiple, 0.0)
         index = ServingIndex(serving.build(self.index_root, {"": self.shards}, rule))
         wanted: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {
-            self.latents: lambda: self.pictures(index),
+            self.latents: lambda: wanted_features(records(index), self.mirrored),
             self.texts: lambda: ((text, partial(str, text)) for text in texts(index)),
         }
         lines = []
@@ -61,18 +61,10 @@ class Encoding:
                 lines.append(f"{path}: {fill(store, encoder, items()):,} new entries in {store.folder}")
         return "\n".join(lines)
 
-    def pictures(self, index: ServingIndex) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """All pictures at their buckets' sizes."""
-        for bucket, record in records(index):
-            for mirrored in (False, True) if self.mirrored else (False,):
-                yield from wanted_features(record, bucket, mirrored)
-
 
 def records(index: ServingIndex) -> Iterator[tuple[Bucket, IndexedRecord]]:
     """All records, held-out ones too, with their buckets."""
-    for part, streams in index.streams.items():
-        for stream, count in streams.items():
-            yield from ((stream[1], index.record(part, stream, i)) for i in range(count))
+    return (found for part in index.streams for found in index.records(part))
 
 
 def texts(index: ServingIndex) -> Iterator[str]:

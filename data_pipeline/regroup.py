@@ -6,7 +6,6 @@ Everything here works on columns, so that a billion records cost arithmetic and 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from data_pipeline.errors import InputError
 from data_pipeline.index import place_of, shard_of
 from data_pipeline.plan import Bucket
-from data_pipeline.shards import atomic_write
+from data_pipeline.shards import atomic_save, atomic_write
 
 TASKS = {"text_image": "text_to_image", "edit": "edit"}  # the task that trains on a kind of record
 SETS = ("text_to_image", "edit", "multi_reference", "multi_turn")  # what the records of one folder fall into
@@ -85,9 +84,7 @@ def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> No
         "groups": [[*names[i], int(counts[i])] for i in order],
         "digest": hashlib.sha256(chosen["sample_id"].tobytes()).hexdigest(),
     }
-    buffer = io.BytesIO()
-    np.save(buffer, chosen, allow_pickle=False)
-    atomic_write(output.with_suffix(".npy"), buffer.getvalue())
+    atomic_save(output.with_suffix(".npy"), chosen)
     atomic_write(output, json.dumps(about).encode())  # last: it marks the end
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -36,10 +36,11 @@ def build(root: Path, folders: Folders, rule: Rule) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     jobs: list[tuple[str, Path, Path, np.ndarray | None]] = []
     for name, folder in ((name, Path(folder)) for name, many in folders.items() for folder in many):
-        kept = kept_ids(folder)
+        ids = kept_ids(folder)
+        kept = None if ids is None else np.sort(np.fromiter(ids, np.int64, len(ids)))
         for path in sidecars(folder):
             file = root / f"{digest(VERSION, rule, facts(path), facts(folder / KEEP))}.json"
-            jobs.append((name, path, file, None if kept is None else np.sort(np.fromiter(kept, np.int64, len(kept)))))
+            jobs.append((name, path, file, kept))
     output = root / digest([(name, file.name) for name, _, file, _ in jobs])
     with FileLock(root / ".lock"):
         missing = [job for job in jobs if not job[2].is_file()]
@@ -100,9 +101,8 @@ class ServingIndex:
 
     def __init__(self, folder: Path) -> None:
         index = json.loads((folder / "index.json").read_text())
-        self.folder, self.files, self.content = folder, index["files"], index["content"]
+        self._root, self.files, self.content = str(folder.parent), index["files"], index["content"]
         self._counts: np.ndarray = np.load(folder / "counts.npy", mmap_mode="r", allow_pickle=False)
-        self._root = str(folder.parent)
         self._ends: dict[int, np.ndarray] = {}
         self._columns: dict[tuple[str, Stream], tuple[int, Group]] = {}
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
@@ -116,6 +116,12 @@ class ServingIndex:
             self._columns[part, (set_name, bucket)] = column, (part, kind, bucket)
             self.streams[part][set_name, bucket] = int(total)
             self.tasks[set_name] = TASKS["text_image" if kind == "text_to_image" else "edit"]
+
+    def records(self, part: str, sets: Container[str] | None = None) -> Iterator[tuple[Bucket, IndexedRecord]]:
+        """All records of a part and of these sets (None: of all), with their buckets, stream by stream."""
+        for stream, count in self.streams[part].items():
+            if sets is None or stream[0] in sets:
+                yield from ((stream[1], self.record(part, stream, i)) for i in range(count))
 
     def record(self, part: str, stream: Stream, number: int) -> IndexedRecord:
         """One record of a stream, in the order of folders and shards."""

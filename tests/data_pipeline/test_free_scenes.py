@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from dataclasses import replace
 from functools import cache
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import blur, jpeg, noise
 from micro import micro_shards
-from PIL import Image, ImageFilter
 
 from data_pipeline.datamodule import ShardDataModule
 from data_pipeline.index import load_index, read_prompt
@@ -42,22 +41,7 @@ def canvases(count: int = COUNT, least: int = 1) -> list[Canvas]:
     return [random_canvas(rng, rng.randint(least, 4)) for _ in range(count)]
 
 
-def noisy(picture: np.ndarray) -> np.ndarray:
-    noise = np.random.default_rng(0).normal(0, 8, picture.shape)
-    return np.clip(picture + noise, 0, 255).astype(np.uint8)
-
-
-def blurred(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.7)))
-
-
-def compressed(picture: np.ndarray) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-    return np.asarray(Image.open(buffer))
-
-
-@pytest.mark.parametrize("change", [np.asarray, noisy, blurred, compressed])
+@pytest.mark.parametrize("change", [np.asarray, noise, blur, jpeg])
 def test_what_is_drawn_is_read_back(change) -> None:
     for canvas in canvases():
         found = read(change(render(canvas)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import random
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from damage import blur, jpeg, noise
 
 from data_pipeline.scenes import benchmark
 from data_pipeline.scenes.captions import TASKS, Caption, Clause, describe, draw_scene, satisfied
@@ -29,21 +28,6 @@ EVERY_OBJECT = [
 def some_scenes(level: int, count: int) -> list[Scene]:
     rng = random.Random(level)
     return [random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects)) for _ in range(count)]
-
-
-def noise(picture: np.ndarray) -> np.ndarray:
-    drawn = np.random.default_rng(0).normal(0, 8, picture.shape)
-    return np.clip(np.rint(picture + drawn), 0, 255).astype(np.uint8)
-
-
-def blur(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.7)))
-
-
-def jpeg(picture: np.ndarray) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=80)
-    return np.asarray(Image.open(buffer))
 
 
 def test_level_1_has_58848_scenes() -> None:

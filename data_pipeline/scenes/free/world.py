@@ -113,23 +113,28 @@ def mask(o: Placed, height: int, width: int) -> np.ndarray:
     return canvas[CELL : CELL + height, CELL : CELL + width]
 
 
+def framed(a: Placed, b: Placed) -> tuple[np.ndarray, np.ndarray] | None:
+    """The masks of two objects in one frame around the first; None where their cells do not meet."""
+    if max(abs(a.x - b.x), abs(a.y - b.y)) >= CELL:
+        return None
+    side = 3 * CELL
+    first, second = (mask(replace(o, x=o.x - a.x + CELL, y=o.y - a.y + CELL), side, side) for o in (a, b))
+    return first, second
+
+
 def overlap(a: Placed, b: Placed, margin: int = 0) -> bool:
     """Whether two objects share a pixel, or come closer than `margin` pixels."""
-    if max(abs(a.x - b.x), abs(a.y - b.y)) >= CELL:
+    if (masks := framed(a, b)) is None:
         return False
-    side = 3 * CELL
-    first, second = (mask(replace(o, x=o.x - a.x + CELL, y=o.y - a.y + CELL), side, side) > 0 for o in (a, b))
+    first, second = (m > 0 for m in masks)
     reach = range(-margin, margin + 1)
     return any((first & np.roll(second, (dy, dx), (0, 1))).any() for dy in reach for dx in reach)
 
 
 def grazing(a: Placed, b: Placed) -> bool:
     """Whether two objects share so little that it cannot be seen which is in front."""
-    if max(abs(a.x - b.x), abs(a.y - b.y)) >= CELL:
-        return False
-    side = 3 * CELL
-    first, second = (mask(replace(o, x=o.x - a.x + CELL, y=o.y - a.y + CELL), side, side) for o in (a, b))
-    return 0 < np.minimum(first, second).sum() < GRAZE
+    masks = framed(a, b)
+    return masks is not None and bool(0 < np.minimum(*masks).sum() < GRAZE)
 
 
 def render(canvas: Canvas) -> np.ndarray:
