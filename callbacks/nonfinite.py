@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
+from callbacks.stage import stage
 from data_pipeline.errors import InputError
 
 
@@ -33,8 +35,8 @@ class MicroBatch:
 
 
 class NonFiniteGuard(Callback):
-    """Checks the loss of every micro-batch and all gradients, with one synchronisation per optimizer step, and raises
-    NonFiniteError with the step, the loss, the first five parameters and the samples of the step.
+    """Checks the loss of every micro-batch and the norm of all gradients, with one synchronisation per optimizer step,
+    and raises NonFiniteError with the step, the loss, the first five parameters and the samples of the step.
 
     With float16 and a gradient scaler, which skips overflowing steps itself, only the loss is checked.
     """
@@ -46,9 +48,11 @@ class NonFiniteGuard(Callback):
         self._current = MicroBatch("batch", [], None)
         self._seen: list[MicroBatch] = []
         self._stepped = False
+        self._parameters: dict[str, Parameter] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = []
+        self._parameters = dict(stage(pl_module).trainable_parameters())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._stepped:
@@ -64,10 +68,12 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        gradients = {n: _local(p.grad) for n, p in pl_module.named_parameters() if p.grad is not None}
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            gradients = {}
-        bad = not all_finite([*gradients.values(), *(b.loss for b in self._seen if b.loss is not None)])
+        losses = [b.loss for b in self._seen if b.loss is not None]
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        gradients = {} if scaled else {n: _local(p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        norm = [stage(pl_module).gradient_norm()] if gradients else []
+        # A finite norm is proof. One that is not may be the overflow of finite gradients beyond 1e19.
+        bad = not all_finite([*losses, *norm]) and not all_finite([*losses, *gradients.values()])
         if trainer.world_size > 1:
             # All ranks must stop together: one alone would leave the others waiting for it.
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
@@ -91,20 +97,9 @@ def _message(step: int, gradients: dict[str, Tensor], seen: list[MicroBatch], ra
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether no element is NaN or infinite: one fused norm per tensor, one synchronisation per device.
-
-    A finite 2-norm proves it. One that is not may be the overflow of finite gradients beyond 1e19, so it only makes the
-    check look at each element.
-    """
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            by_device.setdefault(tensor.device, []).append(tensor)
-    for group in by_device.values():
-        norms = torch.stack([n.float() for n in torch._foreach_norm(group)])
-        if not torch.isfinite(norms).all() and not all(bool(torch.isfinite(tensor).all()) for tensor in group):
-            return False
-    return True
+    """Whether no element is NaN or infinite, with one synchronisation."""
+    found = [torch.isfinite(tensor).all() for tensor in tensors]
+    return not found or bool(torch.stack([flag.to(found[0].device) for flag in found]).all())
 
 
 def _local(tensor: Tensor) -> Tensor:

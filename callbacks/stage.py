@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.nn import Parameter
 
 
@@ -17,6 +18,9 @@ class Stage(Protocol):
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimizer moves."""
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of all gradients since the last backward pass, computed once for all who ask."""
 
     def training_flops(self, batch: Any) -> float:
         """Model FLOPs of one training step on this batch on one device: 3 x forward."""

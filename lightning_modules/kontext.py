@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
@@ -112,6 +113,8 @@ class KontextModule(L.LightningModule):
         self._pipeline: KontextPipeline | None = None
         self._encoder: LatentEncoder | None = None
         self._prompts: PromptCache | None = None
+        self._trained: list[Parameter] | None = None
+        self._norm: Tensor | None = None
 
     def prepare_data(self) -> None:
         """Builds the pocket checkpoint folder if it is asked for and missing (rank 0)."""
@@ -283,11 +286,21 @@ class KontextModule(L.LightningModule):
         # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
         if not gradient_clip_val:
             return
-        parameters = [p for _, p in self.trainable_parameters()]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self.gradient_norm()
         # Asking whether it is needed would make a GPU wait; on a CPU it saves a pass over all gradients.
         if norm.is_cuda or norm > gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._trained or [], gradient_clip_val, norm)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._norm = None
+
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """2-norm of all gradients since the last backward pass, on all ranks alike; computed once for all who ask."""
+        assert self._trained is not None, "configure_optimizers has not run"
+        if self._norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self._norm
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names every weight that does not fit before any is copied."""
@@ -297,5 +310,6 @@ class KontextModule(L.LightningModule):
         compare_shapes(Path(self.pretrained), *shapes)
 
     def configure_optimizers(self) -> Any:
+        self._trained = [p for _, p in self.trainable_parameters()]
         optimizer, schedule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -73,6 +73,9 @@ class ToyModule(LightningModule):
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    def gradient_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
     def training_flops(self, batch: ToyBatch) -> float:
         return 1e6 * len(batch)
 

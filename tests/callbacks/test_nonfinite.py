@@ -46,6 +46,19 @@ def test_changes_nothing_in_a_healthy_run(tmp_path: Path) -> None:
     assert fingerprint(with_guard.state_dict()) == fingerprint(without.state_dict())
 
 
+def test_gradients_whose_norm_overflows_are_finite(tmp_path: Path) -> None:
+    class Steep(ToyModule):
+        def training_step(self, batch: ToyBatch, batch_idx: int) -> torch.Tensor:
+            return 1e30 * super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.layer.parameters(), lr=1e-35)
+
+    module = Steep()
+    toy_trainer(tmp_path, [NonFiniteGuard()], max_steps=2).fit(module, ToyLoader())
+    assert len(module.history) == 2 and torch.isinf(module.gradient_norm())
+
+
 def test_large_finite_values_pass_and_one_bad_element_does_not() -> None:
     large = [torch.full((3,), 1e30), torch.ones(2, dtype=torch.bfloat16), torch.tensor(2.0), torch.ones(0)]
     assert all_finite(large)

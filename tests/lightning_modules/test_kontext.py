@@ -185,6 +185,7 @@ def test_a_text_sequence_longer_than_the_folder_takes_is_refused(folder: str, le
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
 def test_clipping_equals_the_librarys(module: KontextModule, limit: float) -> None:
+    module.configure_optimizers()
     module.flow_matching_loss(batch()).backward()
     parameters = [p for _, p in module.trainable_parameters()]
     before = [None if p.grad is None else p.grad.clone() for p in parameters]
