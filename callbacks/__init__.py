@@ -6,6 +6,7 @@ from callbacks.checkpoint_io import AtomicCheckpointIO
 from callbacks.ema import EMA
 from callbacks.export import Export
 from callbacks.nonfinite import NonFiniteError, NonFiniteGuard
+from callbacks.probe import Probe
 from callbacks.progress import Progress
 from callbacks.random_state import RandomState
 from callbacks.sample_grid import SampleGrid
@@ -18,6 +19,7 @@ __all__ = [
     "Export",
     "NonFiniteError",
     "NonFiniteGuard",
+    "Probe",
     "Progress",
     "RandomState",
     "SampleGrid",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class ImageBatch:
         encoded: whether target and references are autoencoder moments.
         contents: B lists of what names the pictures in a cache, target first; None where there is no cache.
         phase: number of the run's resolution that the batch is of.
+        metadata: B records' facts, for rewards; None where they are not known.
     """
 
     tasks: list[str]
@@ -40,6 +41,7 @@ class ImageBatch:
     encoded: bool = False
     contents: list[list[str]] | None = None
     phase: int = 0
+    metadata: list[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -68,20 +70,12 @@ class ImageBatch:
 
     def sample(self, i: int) -> ImageBatch:
         """A batch of the i-th sample alone."""
-        references = self.references
-        if references is not None:
-            references = references[i : i + 1]
-        return replace(
-            self,
-            tasks=self.tasks[i : i + 1],
-            keys=self.keys[i : i + 1],
-            sample_ids=self.sample_ids[i : i + 1],
-            epochs=self.epochs[i : i + 1],
-            prompts=self.prompts[i : i + 1],
-            target=self.target[i : i + 1],
-            references=references,
-            contents=self.contents and self.contents[i : i + 1],
-        )
+        return self.rows(i, i + 1)
+
+    def rows(self, start: int, stop: int) -> ImageBatch:
+        """A batch of the samples from `start` to before `stop`."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), list | Tensor)}
+        return replace(self, **{name: value[start:stop] for name, value in own.items()})
 
 
 def collate_references(references: Sequence[Sequence[Tensor]]) -> References:

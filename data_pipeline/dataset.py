@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, Queue
+from queue import SimpleQueue
 from typing import Literal
 
 import torch
@@ -19,14 +18,14 @@ from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import FeatureStore
 from data_pipeline.counters import generator
 from data_pipeline.errors import InputError
-from data_pipeline.index import TEXT_FIELDS, IndexedRecord, read_prompt, view_member
+from data_pipeline.index import TEXT_FIELDS, IndexedRecord, read_text, view_member
 from data_pipeline.plan import PHASE_EPOCHS, Bucket, Draw, PlannedBatch
 from data_pipeline.read_ahead import LocalCopies, fetched
 from data_pipeline.serving import ServingIndex
 from data_pipeline.transforms import Size, decode, to_tensor
 
 Verify = Literal["first_epoch", "always", "never"]
-AHEAD = 2  # batches that a thread makes before they are asked for
+AHEAD = 3  # batches that a thread has ready or in the making
 SIDES = ("left", "right")  # words that a mirrored picture makes wrong
 
 
@@ -107,7 +106,8 @@ class PlannedDataset(Dataset[ImageBatch]):
         records = [index.record(self.part, draw.stream, draw.index) for draw in draws]
         records = fetched(records, TEXT_FIELDS if self.store is not None else None, self.copies)
         checked = [self.checks(draw) for draw in draws]
-        prompts = [read_prompt(record, check) for record, check in zip(records, checked, strict=True)]
+        texts = [read_text(record, check) for record, check in zip(records, checked, strict=True)]
+        prompts = [prompt for prompt, _ in texts]
         mirrored = [self.augmentation.mirrored(*sample) for sample in zip(draws, records, prompts, strict=True)]
         buckets = [draw.stream[1] for draw in draws]
         contents = [
@@ -133,6 +133,7 @@ class PlannedDataset(Dataset[ImageBatch]):
             encoded=encoded,
             contents=contents,
             phase=planned.phase,
+            metadata=[metadata for _, metadata in texts],
         )
 
     def stored(self, contents: Sequence[Sequence[str]]) -> list[list[Tensor]] | None:
@@ -184,25 +185,34 @@ class ThreadedLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        ready: Queue[ImageBatch | BaseException | None] = Queue(AHEAD)
+        # Simple queues, as taking what is there never gives the interpreter lock to the thread that makes the next.
+        ready: SimpleQueue[ImageBatch | BaseException | None] = SimpleQueue()
+        wanted: SimpleQueue[None] = SimpleQueue()
         stopped = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(ready, stopped), daemon=True)
+        thread = threading.Thread(target=self._produce, args=(ready, wanted, stopped), daemon=True)
         thread.start()
+        for _ in range(AHEAD):
+            wanted.put(None)
         try:
             while (item := ready.get()) is not None:
+                wanted.put(None)
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
             stopped.set()
-            while thread.is_alive():  # it may wait for a place
-                with suppress(Empty):
-                    ready.get_nowait()
-                thread.join(0.01)
+            wanted.put(None)
+            thread.join()
 
-    def _produce(self, ready: Queue[ImageBatch | BaseException | None], stopped: threading.Event) -> None:
+    def _produce(
+        self,
+        ready: SimpleQueue[ImageBatch | BaseException | None],
+        wanted: SimpleQueue[None],
+        stopped: threading.Event,
+    ) -> None:
         try:
             for planned in self.sampler:
+                wanted.get()
                 if stopped.is_set():
                     return
                 batch = self.dataset[planned]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -263,9 +264,14 @@ def view_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes
 
 def read_prompt(record: IndexedRecord, verify: bool = False) -> str:
     """A record's caption or instruction."""
+    return read_text(record, verify)[0]
+
+
+def read_text(record: IndexedRecord, verify: bool = False) -> tuple[str, dict[str, Any]]:
+    """A record's caption or instruction, and its metadata (none where the text is a member of its own)."""
     try:
         if "txt" in record.members:
-            return read_member(record, "txt", verify).decode("utf-8-sig").strip()
+            return read_member(record, "txt", verify).decode("utf-8-sig").strip(), {}
         facts = json.loads(read_member(record, "json", verify))
     except ValueError as error:
         if isinstance(error, InputError):
@@ -273,4 +279,4 @@ def read_prompt(record: IndexedRecord, verify: bool = False) -> str:
         raise InputError(
             f"{record.shard}: the text of {record.key} has changed since it was indexed: {error}"
         ) from error
-    return next((facts[name] for name in PROMPTS if facts.get(name)), "")
+    return next((facts[name] for name in PROMPTS if facts.get(name)), ""), facts.get("metadata") or {}

@@ -12,13 +12,13 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
 from data_pipeline.regroup import TASKS
+from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.autoencoder import sample_latents
 from lightning_modules.networks.compile import compile_blocks
@@ -113,8 +113,7 @@ class KontextModule(L.LightningModule):
         self._pipeline: KontextPipeline | None = None
         self._encoder: LatentEncoder | None = None
         self._prompts: PromptCache | None = None
-        self._trained: list[Parameter] | None = None
-        self._norm: Tensor | None = None
+        self._gradients: Gradients | None = None
 
     def prepare_data(self) -> None:
         """Builds the pocket checkpoint folder if it is asked for and missing (rank 0)."""
@@ -286,21 +285,17 @@ class KontextModule(L.LightningModule):
         # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
         if not gradient_clip_val:
             return
-        norm = self.gradient_norm()
-        # Asking whether it is needed would make a GPU wait; on a CPU it saves a pass over all gradients.
-        if norm.is_cuda or norm > gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(self._trained or [], gradient_clip_val, norm)
+        assert self._gradients is not None
+        self._gradients.clip(gradient_clip_val)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        self._norm = None
+        assert self._gradients is not None
+        self._gradients.changed()
 
     def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass, on all ranks alike; computed once for all who ask."""
-        assert self._trained is not None, "configure_optimizers has not run"
-        if self._norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
-            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return self._norm
+        """2-norm of all gradients since the last backward pass, computed once for all who ask."""
+        assert self._gradients is not None, "configure_optimizers has not run"
+        return self._gradients.norm()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names every weight that does not fit before any is copied."""
@@ -310,6 +305,6 @@ class KontextModule(L.LightningModule):
         compare_shapes(Path(self.pretrained), *shapes)
 
     def configure_optimizers(self) -> Any:
-        self._trained = [p for _, p in self.trainable_parameters()]
+        self._gradients = Gradients(p for _, p in self.trainable_parameters())
         optimizer, schedule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

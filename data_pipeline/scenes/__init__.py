@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipeline.records import EditRecord, EncodedImage, TextImageRecord
 from data_pipeline.scenes import free
-from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, describe, draw_scene
+from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, describe, draw_scene, meaning
 from data_pipeline.scenes.edits import Edit, random_edit
 from data_pipeline.scenes.free import edits as free_edits
 from data_pipeline.scenes.free.world import Canvas
@@ -43,7 +43,7 @@ def text_image_record(level: int, seed: int, number: int, split: str) -> TextIma
     rng = random.Random(f"caption/{level}/{seed}/{number}")
     scene: Scene | Canvas
     scene, caption = free.random_caption(rng, split) if level == FREE else random_caption(rng, level, split)
-    facts = {"scene": scene.canonical, "task": caption.task}
+    facts = {"scene": scene.canonical, "task": caption.task, "meaning": meaning(caption)}
     return TextImageRecord(f"caption-{number:07d}", encode_png(scene), caption.text, "scenes", "CC0-1.0", split, facts)
 
 

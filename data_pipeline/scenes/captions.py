@@ -7,7 +7,8 @@ A caption accounts for every object of its scene; the task decides which attribu
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from itertools import permutations
 from typing import Any
 
@@ -49,6 +50,22 @@ class Caption:
     clauses: tuple[Clause, ...]
     relation: str | None = None
     background: str | None = None
+
+
+def meaning(caption: Any) -> dict[str, Any]:
+    """A caption of any level but for its text and task, as plain data for a record's metadata."""
+    return {name: value for name, value in asdict(caption).items() if name not in ("text", "task")}
+
+
+def caption_from(text: str, task: str, found: Mapping[str, Any]) -> Caption:
+    """The inverse of `meaning`.
+
+    >>> one = Caption("a circle", "single_object", (Clause(1, "circle"),))
+    >>> caption_from(one.text, one.task, meaning(one)) == one
+    True
+    """
+    clauses = tuple(Clause(**clause) for clause in found["clauses"])
+    return Caption(text, task, clauses, found["relation"], found["background"])
 
 
 def related(first: Object, second: Object, relation: str, grid: int) -> bool:

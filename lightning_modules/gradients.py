@@ -1,0 +1,37 @@
+"""The gradients of a module's trained parameters: their norm, computed once for all who ask, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+
+class Gradients:
+    """Of these parameters. `changed` must be called whenever a backward pass adds to them."""
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._norm: Tensor | None = None
+
+    def changed(self) -> None:
+        """The norm that is known is of earlier gradients."""
+        self._norm = None
+
+    def norm(self) -> Float[Tensor, ""]:
+        """2-norm of all gradients, on all ranks alike."""
+        if self._norm is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return self._norm
+
+    def clip(self, limit: float) -> None:
+        """Scales all gradients so that their norm is at most `limit`."""
+        norm = self.norm()
+        # Asking whether it is needed would make a GPU wait; on a CPU it saves a pass over all gradients.
+        if norm.is_cuda or norm > limit:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)

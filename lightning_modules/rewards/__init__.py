@@ -1,0 +1,1 @@
+"""What a picture is worth. Rewards never import the policy."""

@@ -1,0 +1,257 @@
+"""Named algorithms of online RL: where a policy is asked again about what it sampled, and the loss there.
+
+Each knows points (a state and a noise level) and a loss of the velocity at a point under the weights that are trained
+and under those that sampled. The optimiser loop knows no algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data_pipeline.errors import InputError
+from lightning_modules.losses.forward_process import diffusion_nft, matching_log_prob, optimality
+from lightning_modules.losses.policy_gradient import divergence_mask, gaussian_divergence, guarded_ratio, ppo_clip
+from lightning_modules.rollouts.records import Rollout
+from lightning_modules.samplers import path, sde
+from lightning_modules.samplers.sde import SAMPLERS, Coefficients, Stochastic, Unit
+
+Draw = Callable[[str, int, tuple[int, ...]], Tensor]  # purpose, number, shape of one sample -> (B, ...) normal or (B,)
+Samples = Float[Tensor, " b"]
+
+
+class Point(NamedTuple):
+    """Where a policy is asked: states (B, ...), noise levels (B,); the step's number or the noise that was mixed in."""
+
+    x: Tensor
+    sigma: Tensor
+    step: int = -1
+    noise: Tensor | None = None
+
+
+class Algorithm(Protocol):
+    """An algorithm; `stochastic` is what samples, None for the ODE."""
+
+    @property
+    def stochastic(self) -> Stochastic | None: ...
+
+    def points(self, rollout: Rollout, draw: Draw) -> Iterator[Point]:
+        """Where the policy is asked about a rollout."""
+
+    def loss(
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
+    ) -> tuple[Samples, dict[str, Tensor]]:
+        """One loss a sample at a point, and what to log of it."""
+
+
+@dataclass
+class Window:
+    """Steps that are stochastic and trained on: `size` consecutive ones, beginning anywhere in `within` (excluded end).
+
+    One window is drawn for all groups of an iteration: windows that differ within a group would add their own noise to
+    its rewards.
+    """
+
+    size: int = 3
+    within: tuple[int, int] = (0, 5)
+
+    def __post_init__(self) -> None:
+        first, last = self.within
+        if self.size < 1 or first < 0 or first + self.size > last:
+            raise InputError(f"window: {self.size} steps do not fit within {first} to {last}; widen or shorten it")
+
+    def place(self, u: float) -> tuple[int, int]:
+        """The window at a uniform draw in [0, 1)."""
+        first, last = self.within
+        start = first + int(u * (last - self.size + 1 - first))
+        return start, start + self.size
+
+
+@dataclass
+class RatioBased:
+    """What algorithms share that compare the policy with the one that sampled, step by step.
+
+    Attributes:
+        sampler: "flow", "dance", "cps" or "precise".
+        noise: its noise level; None takes the sampler's own.
+        unit: what the limits below are measured in; it must be the unit of the sampler's log-probability.
+        window: the stochastic steps.
+    """
+
+    sampler: Literal["flow", "dance", "cps", "precise"] = "cps"
+    noise: float | None = None
+    unit: Unit = "squared"
+    window: Window = field(default_factory=Window)
+
+    def __post_init__(self) -> None:
+        if self.stochastic.unit != self.unit:
+            raise InputError(
+                f"{type(self).__name__}: its limits are in the unit {self.unit!r}, and the log-probability of the "
+                f"sampler {self.sampler!r} is in {self.stochastic.unit!r}; choose limits for that unit and name it, or "
+                "another sampler"
+            )
+
+    @property
+    def stochastic(self) -> Stochastic:
+        """The sampler."""
+        kind = SAMPLERS[self.sampler]
+        return kind() if self.noise is None else kind(self.noise)
+
+    def points(self, rollout: Rollout, draw: Draw) -> Iterator[Point]:
+        """The states before each stochastic step."""
+        t = rollout.trajectory
+        for place, i in enumerate(range(*t.window)):
+            yield Point(t.states[place], t.sigmas[i].expand(len(rollout)).to(t.x0.device), i)
+
+    def compare(self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout) -> Comparison:
+        """The step that was taken, under both velocities."""
+        t, i = rollout.trajectory, point.step
+        c = self.stochastic.coefficients(t.sigmas[i].item(), t.sigmas[i + 1].item(), t.sigmas[1].item())
+        following = t.states[i + 1 - t.window[0]]
+        mean, old_mean = sde.transition(c, point.x, v), sde.transition(c, point.x, v_old)
+        log_ratio = sde.log_prob(c, self.unit, following, mean) - sde.log_prob(c, self.unit, following, old_mean)
+        return Comparison(log_ratio, mean, old_mean, c, t.sigmas[i].item() - t.sigmas[i + 1].item())
+
+
+class Comparison(NamedTuple):
+    """One step under two policies; `dt` is sigma - sigma'."""
+
+    log_ratio: Tensor
+    mean: Tensor
+    old_mean: Tensor
+    coefficients: Coefficients
+    dt: float
+
+
+def ratio_metrics(ratio: Samples, cut: Tensor) -> dict[str, Tensor]:
+    """Mean and spread of ratios, and the share that a limit holds back."""
+    ratio = ratio.detach()
+    return {"ratio_mean": ratio.mean(), "ratio_std": ratio.std(correction=0), "clipped": cut.float().mean()}
+
+
+@dataclass
+class GRPO(RatioBased):
+    """Flow-GRPO (arXiv 2505.05470) with PPO's clip; by default its fast variant: a window, CPS noise, no guidance."""
+
+    clip: float = 1e-5
+
+    def loss(
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
+    ) -> tuple[Samples, dict[str, Tensor]]:
+        ratio = torch.exp(self.compare(v, v_old, point, rollout).log_ratio)
+        return ppo_clip(ratio, advantages, self.clip), ratio_metrics(ratio, (ratio - 1).abs() > self.clip)
+
+
+@dataclass
+class FlowDPPO(RatioBased):
+    """Flow-DPPO (arXiv 2606.11025): a mask by divergence in place of a clip by ratio.
+
+    With a sampler whose unit is "squared" the divergence is the plain mean square of the means' difference.
+    """
+
+    limit: float = 1e-5
+
+    def loss(
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
+    ) -> tuple[Samples, dict[str, Tensor]]:
+        found = self.compare(v, v_old, point, rollout)
+        ratio = torch.exp(found.log_ratio)
+        std = found.coefficients.std if self.unit == "gaussian" else 0.5**0.5
+        divergence = gaussian_divergence(found.mean.detach(), found.old_mean, std)
+        loss = divergence_mask(ratio, advantages, divergence, self.limit)
+        return loss, ratio_metrics(ratio, divergence >= self.limit) | {"divergence": divergence.mean()}
+
+
+@dataclass
+class GRPOGuard(RatioBased):
+    """GRPO-Guard (arXiv 2510.22319): ratios normalised step by step. For the Gaussian unit of "flow" and "dance"."""
+
+    sampler: Literal["flow", "dance", "cps", "precise"] = "flow"
+    unit: Unit = "gaussian"
+    clip: float = 2e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampler not in ("flow", "dance"):
+            raise InputError(f'GRPOGuard is defined for "flow" and "dance", not {self.sampler!r}')
+
+    def loss(
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
+    ) -> tuple[Samples, dict[str, Tensor]]:
+        found = self.compare(v, v_old, point, rollout)
+        divergence = gaussian_divergence(found.mean, found.old_mean, found.coefficients.std)
+        ratio = guarded_ratio(found.log_ratio, divergence, found.coefficients.std)
+        loss = ppo_clip(ratio, advantages, self.clip) / found.dt
+        return loss, ratio_metrics(ratio, (ratio - 1).abs() > self.clip)
+
+
+@dataclass
+class ForwardProcess:
+    """What algorithms share that noise the sampled pictures anew.
+
+    Attributes:
+        points_per_picture: noise levels of each, one from each of as many equal parts of (0, 1).
+    """
+
+    points_per_picture: int = 4
+
+    @property
+    def stochastic(self) -> None:
+        """The ODE samples."""
+        return None
+
+    def points(self, rollout: Rollout, draw: Draw) -> Iterator[Point]:
+        """Each picture at noise levels of its own."""
+        x0 = rollout.trajectory.x0
+        for number in range(self.points_per_picture):
+            u = draw("sigma", number, ()).to(x0)
+            sigma = ((number + u) / self.points_per_picture).clamp(1e-3, 1 - 1e-3)
+            noise = draw("noise", number, tuple(x0.shape[1:])).to(x0)
+            yield Point(path.interpolate(x0, noise, sigma), sigma, number, noise)
+
+
+@dataclass
+class DiffusionNFT(ForwardProcess):
+    """DiffusionNFT (arXiv 2509.16117): contrasts good and bad pictures in the forward process.
+
+    Attributes:
+        beta: how far v+ and v- lie from the old velocity.
+        advantage_limit: what counts as entirely good or bad.
+    """
+
+    beta: float = 1.0
+    advantage_limit: float = 5.0
+
+    def loss(
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
+    ) -> tuple[Samples, dict[str, Tensor]]:
+        r = optimality(advantages, self.advantage_limit)
+        loss = diffusion_nft(v, v_old, point.x, rollout.trajectory.x0, point.sigma, r, self.beta)
+        return self.advantage_limit * loss, {"optimality": r.mean()}
+
+
+@dataclass
+class AWM(ForwardProcess):
+    """Advantage-weighted matching (arXiv 2509.25050): the flow-matching loss as log-probability, and PPO's loss on it.
+
+    Attributes:
+        clip: of the ratio; 1 is as good as none.
+        power: of the generalised Huber loss.
+    """
+
+    clip: float = 1.0
+    power: float = 0.25
+
+    def loss(
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
+    ) -> tuple[Samples, dict[str, Tensor]]:
+        assert point.noise is not None
+        target = path.velocity(rollout.trajectory.x0, point.noise)
+        new, old = (matching_log_prob(each, target, point.sigma, self.power) for each in (v, v_old))
+        ratio = torch.exp(new - old).to(advantages.dtype)
+        return ppo_clip(ratio, advantages, self.clip), ratio_metrics(ratio, (ratio - 1).abs() > self.clip)

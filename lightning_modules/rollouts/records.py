@@ -1,0 +1,124 @@
+"""What was sampled from prompts, and what it was worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_modules.samplers.sde import Trajectory
+
+LISTS = ("keys", "prompts", "metadata")  # of P entries
+PICTURE_AXIS = {"states": 1, "log_probs": 1, "x0": 0}  # tensors of B pictures; all others are of P groups
+REWARD = "reward."
+
+
+@dataclass
+class Rollout:
+    """P groups of G pictures, sampled and trained on in one batch of B = P G, group after group.
+
+    Attributes:
+        task: "text_to_image" or "edit".
+        keys: P record keys.
+        prompts: P texts.
+        metadata: P records' facts, for rewards.
+        sequence: (P, T, d) text embeddings.
+        pooled: (P, p).
+        references: (P, R, C, h, w) clean latents of the pictures to edit, or None.
+        trajectory: of B pictures.
+        rewards: (P, G) each, by name.
+        scored: (P,) whether all rewards of a group are known; a group of which one is not is never trained on.
+
+    >>> Rollout.load(path).trajectory.x0.shape  # doctest: +SKIP
+    torch.Size([48, 4, 16, 16])
+    """
+
+    task: str
+    keys: list[str]
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    sequence: Float[Tensor, "p t d"]
+    pooled: Float[Tensor, "p q"]
+    references: Float[Tensor, "p r c h w"] | None
+    trajectory: Trajectory
+    rewards: dict[str, Float[Tensor, "p g"]] = field(default_factory=dict)
+    scored: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Pictures."""
+        return len(self.trajectory.x0)
+
+    @property
+    def group_size(self) -> int:
+        """Pictures of a group."""
+        return len(self) // len(self.keys)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        t = self.trajectory
+        found = {"sequence": self.sequence, "pooled": self.pooled, "references": self.references, "scored": self.scored}
+        found |= {"sigmas": t.sigmas, "states": t.states, "log_probs": t.log_probs, "x0": t.x0}
+        found |= {f"reward.{name}": values for name, values in self.rewards.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def facts(self) -> dict[str, Any]:
+        """All that is no tensor, as plain data."""
+        return {"task": self.task, "window": list(self.trajectory.window), **{n: getattr(self, n) for n in LISTS}}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rollout:
+        """The inverse of `facts` and `tensors`."""
+        window = tuple(facts["window"])
+        return cls(
+            task=facts["task"],
+            **{name: facts[name] for name in LISTS},
+            sequence=tensors["sequence"],
+            pooled=tensors["pooled"],
+            references=tensors.get("references"),
+            trajectory=Trajectory(tensors["sigmas"], window, *(tensors[n] for n in ("states", "log_probs", "x0"))),
+            rewards={name.removeprefix(REWARD): t for name, t in tensors.items() if name.startswith(REWARD)},
+            scored=tensors.get("scored"),
+        )
+
+    def select(self, groups: Sequence[int]) -> Rollout:
+        """These groups alone."""
+        rows = torch.tensor(list(groups), device=self.sequence.device)
+        members = torch.arange(self.group_size, device=rows.device)
+        pictures = (rows[:, None] * self.group_size + members).flatten()
+        chosen = {
+            name: tensor
+            if name == "sigmas"
+            else tensor.index_select(PICTURE_AXIS.get(name, 0), pictures if name in PICTURE_AXIS else rows)
+            for name, tensor in self.tensors().items()
+        }
+        facts = self.facts()
+        return self.of(facts | {name: [facts[name][g] for g in groups] for name in LISTS}, chosen)
+
+    @classmethod
+    def join(cls, rollouts: Sequence[Rollout]) -> Rollout:
+        """The groups of all, which have one task, one schedule and one window."""
+        every = [rollout.tensors() for rollout in rollouts]
+        tensors = {name: torch.cat([t[name] for t in every], PICTURE_AXIS.get(name, 0)) for name in every[0]}
+        lists = {name: [one for rollout in rollouts for one in getattr(rollout, name)] for name in LISTS}
+        return cls.of(rollouts[0].facts() | lists, tensors | {"sigmas": every[0]["sigmas"]})
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file, so that collecting and training can be debugged apart."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        save_file(tensors, path, {"facts": json.dumps(self.facts())})
+
+    @classmethod
+    def load(cls, path: Path) -> Rollout:
+        """Reads what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            return cls.of(json.loads(file.metadata()["facts"]), tensors)
