@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,17 +26,15 @@ from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
 from lightning_modules.pocket import checkpoint_folder
-from lightning_modules.rewards.protocol import Request, Reward
+from lightning_modules.rewards.protocol import Request
+from lightning_modules.rewards.weighted import Weighted, of_task, score
 from lightning_modules.rollouts import collect
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
-from lightning_modules.rollouts.algorithms import GRPO, Algorithm, Point
+from lightning_modules.rollouts.algorithms import Algorithm, Point
+from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
-from lightning_modules.samplers.guidance import guide
-from lightning_modules.samplers.ode import Velocity
 from lightning_modules.samplers.timesteps import schedule
 from lightning_modules.schedule import AdamW, adamw
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,7 +43,7 @@ class Sampling:
 
     Attributes:
         group_size: pictures of each prompt, G.
-        groups: groups that an update learns from, at least; prompts are sampled until so many are worth it.
+        groups: groups that an update learns from; prompts are sampled until so many teach something.
         micro_groups: groups that are sampled, and later trained on, in one batch.
         num_inference_steps: steps of the sampler.
         guidance_scale: of classifier-free guidance, in sampling and in training; 1 needs half the evaluations.
@@ -67,34 +64,73 @@ class Sampling:
             raise InputError(f"sampling: groups {self.groups} must be a multiple of micro_groups {self.micro_groups}")
 
 
+@dataclass
+class Regularisation:
+    """What holds the policy back.
+
+    Attributes:
+        velocity_kl: weight of the mean squared difference of its velocity from the reference's.
+        reference: checkpoint folder of the reference; None takes the weights that training starts from.
+        old_rate: how far the policy that samples follows the trained one after each update; 1 samples on policy.
+        max_grad_norm: the norm that gradients are clipped to.
+    """
+
+    velocity_kl: float = 0.0
+    reference: str | None = None
+    old_rate: float = 1.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.velocity_kl < 0 or not 0 < self.old_rate <= 1 or self.max_grad_norm <= 0:
+            raise InputError(
+                "regularisation: velocity_kl is at least 0, old_rate above 0 and at most 1, max_grad_norm above 0; "
+                f"got {self}"
+            )
+
+
 class ReinforceModule(L.LightningModule):
-    """Trains the transformer of a checkpoint folder on what its own pictures are worth."""
+    """Trains the transformer of a checkpoint folder on what its own pictures are worth.
+
+    A batch is a set of prompts. Groups of pictures of each are sampled and scored; once enough of them teach something
+    the policy is updated, and what was sampled is dropped, so that every update is on pictures of the policy as it is.
+
+    Args:
+        pretrained: checkpoint folder in the diffusers layout, such as the export of an earlier run.
+        rewards: what pictures are worth, by name.
+        algorithm: a class of lightning_modules.rollouts.algorithms, or of one's own.
+        advantages: how rewards become advantages.
+        sampling: how many pictures, and how they are sampled.
+        regularisation: what holds the policy back.
+        optimizer: AdamW and its schedule.
+        steps: updates of the whole run, for the schedule.
+        seed: the seed of every draw.
+        max_sequence_length: T5 tokens of a prompt; None takes the folder's length.
+        compile: compile the transformer's blocks, for sampling and training alike.
+    """
 
     def __init__(
         self,
         pretrained: str,
-        reward: dict[str, Reward],
-        weights: dict[str, float] | None = None,
-        algorithm: Algorithm = GRPO(),  # noqa: B008
+        rewards: dict[str, Weighted],
+        algorithm: Algorithm,
         advantages: Advantages = Advantages(),  # noqa: B008
         sampling: Sampling = Sampling(),  # noqa: B008
+        regularisation: Regularisation = Regularisation(),  # noqa: B008
         optimizer: AdamW = AdamW(),  # noqa: B008
-        kl: float = 0.0,
-        old_rate: float = 1.0,
-        max_grad_norm: float = 1.0,
         steps: int = 1000,
         seed: int = 0,
+        max_sequence_length: int | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
-        self.rewards, self.weights = reward, weights or dict.fromkeys(reward, 1.0)
-        self.algorithm, self.advantages, self.sampling = algorithm, advantages, sampling
-        self.optimizer_settings, self.kl, self.old_rate, self.max_grad_norm = optimizer, kl, old_rate, max_grad_norm
+        self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
+        self.regularisation, self.optimizer_settings = regularisation, optimizer
+        self.max_sequence_length = max_sequence_length
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
-        self.evaluations = 0
+        self.evaluations, self.pictures = 0, 0
         self._pipeline: KontextPipeline | None = None
 
     def configure_model(self) -> None:
@@ -102,25 +138,37 @@ class ReinforceModule(L.LightningModule):
         if self.transformer is not None:
             return
         self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
-        self._encoder = LatentEncoder(self._pipeline.vae)
-        self._prompts = PromptCache(self._pipeline)
+        if self.max_sequence_length is not None:
+            self._pipeline.limit_t5(self.max_sequence_length)
+        self._encoder, self._prompts = LatentEncoder(self._pipeline.vae), PromptCache(self._pipeline)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
-        for name, wanted in (("reference", self.kl > 0), ("old", self.old_rate < 1)):
-            if wanted:
-                self.snapshots.take(name)
+        if self.regularisation.velocity_kl > 0:
+            self.snapshots.take("reference")
+        if self.regularisation.old_rate < 1:
+            self.snapshots.take("old")
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
 
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+    def on_fit_start(self) -> None:
+        """Embeds the prompts ahead where the data can name them."""
+        self.pipeline()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "prompts"):
+            self._prompts.fill(data.prompts())
 
     def pipeline(self) -> KontextPipeline:
-        assert self._pipeline is not None
+        """The inference pipeline on the live weights, on this module's device."""
+        assert self._pipeline is not None, "configure_model has not run"
         return self._pipeline.to(self.device)
 
     def latent_encoder(self) -> LatentEncoder:
+        """The frozen autoencoder, for the data's cache."""
         return LatentEncoder.from_pretrained(str(checkpoint_folder(self.pretrained)))
+
+    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Names and parameters that the optimiser moves."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self.waiting += self.collect(batch)
@@ -130,106 +178,91 @@ class ReinforceModule(L.LightningModule):
 
     @torch.no_grad()
     def collect(self, batch: ImageBatch) -> list[Rollout]:
-        """Samples groups of each prompt and has them scored meanwhile; keeps those that teach something."""
-        size = self.sampling.micro_groups
-        pending: list[tuple[Rollout, Future[dict[str, list[float | None]]]]] = []
-        with ThreadPoolExecutor(1) as pool, self.snapshots.using("old" if self.old_rate < 1 else None):
+        """Samples groups of each prompt, has them scored meanwhile, and keeps those that teach something."""
+        size, rewards = self.sampling.micro_groups, of_task(self.rewards, batch.task)
+        pending: list[tuple[Rollout, Future[dict[str, Tensor]]]] = []
+        with ThreadPoolExecutor(1) as pool, self.snapshots.using("old" if self.regularisation.old_rate < 1 else None):
             for start in range(0, len(batch), size):
                 part = batch.rows(start, start + size)
                 rollout = self.sample(part)
-                pictures = (decode_latents(self._pipeline.vae, rollout.trajectory.x0) / 2 + 0.5).clamp(0, 1)
-                pending.append((rollout, pool.submit(self.score, pictures, self.requests(part))))
-        found = []
-        for rollout, future in pending:
-            scores = future.result()
-            shape = (len(rollout.keys), self.sampling.group_size)
-            values = {n: torch.tensor([float("nan") if s is None else s for s in v]) for n, v in scores.items()}
-            rollout.rewards = {name: value.reshape(shape) for name, value in values.items()}
-            rollout.scored = torch.stack([v.isfinite().all(dim=1) for v in rollout.rewards.values()]).all(dim=0)
-            total = weighted_sum(rollout.rewards, self.weights)
-            useful = rollout.scored & self.advantages.useful(total.nan_to_num())
-            self.log(f"reward/{rollout.task}", total[rollout.scored].mean(), prog_bar=True, batch_size=1)
-            self.log("rollouts/useful", useful.float().mean(), prog_bar=True, batch_size=1)
-            if useful.any():
-                found.append(rollout.select(useful.nonzero().flatten().tolist()))
-        return found
+                pictures = (decode_latents(self.pipeline().vae, rollout.trajectory.x0) / 2 + 0.5).clamp(0, 1)
+                pending.append((rollout, pool.submit(score, rewards, pictures, self.requests(part, rollout))))
+        found = [self.judged(rollout, future.result()) for rollout, future in pending]
+        return [rollout for rollout in found if rollout.keys]
+
+    def judged(self, rollout: Rollout, scores: dict[str, Tensor]) -> Rollout:
+        """The groups of a rollout that teach something, with their rewards."""
+        shape = (len(rollout.keys), self.sampling.group_size)
+        rollout.rewards = {name: values.reshape(shape) for name, values in scores.items()}
+        total = weighted_sum(rollout.rewards, self.weights)
+        scored = total.isfinite().all(dim=1)
+        useful = scored & self.advantages.useful(total.nan_to_num())
+        if scored.any():
+            self.log(f"reward/{rollout.task}", total[scored].mean(), prog_bar=True, batch_size=1)
+        self.log("rollouts/unscored", (~scored).float().mean(), batch_size=1)
+        self.log("rollouts/useful", useful.float().mean(), prog_bar=True, batch_size=1)
+        return rollout.select(useful.nonzero().flatten().tolist())
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each reward's weight."""
+        return {name: each.weight for name, each in self.rewards.items()}
 
     def sample(self, batch: ImageBatch) -> Rollout:
-        settings = self.sampling
-        references = self.encode_references(batch)
+        """One rollout of these prompts."""
+        settings, pipeline = self.sampling, self.pipeline()
         sequence, pooled = self._prompts(batch.prompts)
-        algorithm = self.algorithm
-        window = (0, 0)
-        if algorithm.stochastic is not None:
-            u = draw(torch.rand, (), self.seed, "window", torch.tensor([self.trainer.global_step]), torch.tensor([0]))
-            window = algorithm.window.place(u.item())
-        config = self._pipeline.scheduler.config
+        references = self.encode_references(batch)
+        policy = Policy(self.transformer, sequence, pooled, references, settings.guidance_scale, self.negative())
+        config = pipeline.scheduler.config
         sigmas = schedule(settings.num_inference_steps, config.shift, config.num_train_timesteps)
-        height, width = batch.target.shape[-2:]
-        if not batch.encoded:
-            height, width = height // self._pipeline.vae_scale_factor, width // self._pipeline.vae_scale_factor
-        shape = (self.transformer.config.in_channels, height, width)
-        velocity = self.velocity(sequence, pooled, references, settings.group_size)
+        factor = 1 if batch.encoded else pipeline.vae_scale_factor
+        height, width = (side // factor for side in batch.target.shape[-2:])
         trajectory = collect.sample(
-            velocity, shape, batch, settings.group_size, sigmas, algorithm.stochastic, window, self.seed, self.device
-        )
-        self.evaluations += settings.num_inference_steps * len(trajectory.x0)
-        return Rollout(
-            batch.task, batch.keys, batch.prompts, batch.metadata or [], sequence, pooled, references, trajectory
-        )
-
-    def encode_references(self, batch: ImageBatch) -> Tensor | None:
-        if batch.references is None:
-            return None
-        encoded = self._encoder.encode_batch(batch)
-        noise = draw(
-            torch.randn,
-            (encoded.references.shape[2] // 2, *encoded.references.shape[3:]),
+            policy,
+            (self.transformer.config.in_channels, height, width),
+            batch,
+            settings.group_size,
+            sigmas,
+            self.algorithm.stochastic(),
+            self.algorithm.window_at(self.draw_uniform("window")),
             self.seed,
-            "posterior reference 0",
-            batch.epochs,
-            batch.sample_ids,
-        ).to(self.device)
-        return sample_latents(self._pipeline.vae, encoded.references[:, 0], noise)[:, None]
-
-    def requests(self, batch: ImageBatch) -> list[Request]:
+        )
+        self.count(settings.num_inference_steps * len(trajectory.x0))
+        self.pictures += len(trajectory.x0)
         metadata = batch.metadata or [{}] * len(batch)
-        return [
-            Request(prompt, (), facts)
-            for prompt, facts in zip(batch.prompts, metadata, strict=True)
-            for _ in range(self.sampling.group_size)
-        ]
+        return Rollout(batch.task, batch.keys, batch.prompts, metadata, sequence, pooled, references, trajectory)
 
-    def score(self, pictures: Tensor, requests: list[Request]) -> dict[str, list[float | None]]:
-        return {name: reward.score(pictures, requests) for name, reward in self.rewards.items()}
+    def negative(self) -> tuple[Tensor, Tensor] | None:
+        """Embeddings of the negative branch, where there is one."""
+        return None if self.sampling.guidance_scale == 1 else self._prompts([self.sampling.negative_prompt])
 
-    def velocity(self, sequence: Tensor, pooled: Tensor, references: Tensor | None, group_size: int) -> Velocity:
-        """The transformer under its conditions, each group's repeated for its members."""
-        sequence, pooled = sequence.repeat_interleave(group_size, 0), pooled.repeat_interleave(group_size, 0)
-        if references is not None:
-            references = references[:, 0].repeat_interleave(group_size, 0)
-        scale = self.sampling.guidance_scale
-        if scale != 1:
-            s, p = (
-                t.expand_as(like)
-                for t, like in zip(self._prompts([self.sampling.negative_prompt]), (sequence, pooled), strict=True)
-            )
-            sequence, pooled = torch.cat([s, sequence]), torch.cat([p, pooled])
-            references = None if references is None else torch.cat([references, references])
+    def count(self, forwards: int) -> None:
+        """Counts evaluations of the transformer, in units of one picture's forward pass."""
+        self.evaluations += forwards * (1 if self.sampling.guidance_scale == 1 else 2)
 
-        def of(x: Tensor, sigma: Tensor) -> Tensor:
-            copies = 1 if scale == 1 else 2
-            v = self.transformer(
-                hidden_states=torch.cat([x] * copies),
-                ref_hidden_states=references,
-                encoder_hidden_states=sequence,
-                pooled_projections=pooled,
-                timestep=1000 * torch.cat([sigma] * copies),
-                return_dict=False,
-            )[0].float()
-            return v if scale == 1 else guide(*v.chunk(2), scale)
+    def encode_references(self, batch: ImageBatch) -> Float[Tensor, "p r c h w"] | None:
+        """Posterior samples of the pictures to edit."""
+        references = self._encoder.encode_batch(batch).references
+        if references is None:
+            return None
+        if not isinstance(references, Tensor):
+            raise InputError("the prompts of a batch must have equally many pictures to edit, of one size")
+        shape = (references.shape[2] // 2, *references.shape[3:])
+        samples = []
+        for r, moments in enumerate(references.unbind(1)):
+            noise = draw(torch.randn, shape, self.seed, f"posterior reference {r}", batch.epochs, batch.sample_ids)
+            samples.append(sample_latents(self.pipeline().vae, moments, noise.to(self.device)))
+        return torch.stack(samples, dim=1)
 
-        return of
+    def requests(self, batch: ImageBatch, rollout: Rollout) -> list[Request]:
+        """What each picture of a rollout was made from; pictures to edit as the transformer saw them."""
+        sources: list[tuple[Tensor, ...]] = [()] * len(batch)
+        if rollout.references is not None:
+            pixels = decode_latents(self.pipeline().vae, rollout.references.flatten(0, 1)) / 2 + 0.5
+            sources = [tuple(one) for one in pixels.clamp(0, 1).unflatten(0, rollout.references.shape[:2])]
+        of_groups = map(Request, rollout.prompts, sources, rollout.metadata)
+        return [request for request in of_groups for _ in range(self.sampling.group_size)]
 
     def packed(self) -> list[Rollout]:
         """What waits, in batches of the geometry it was sampled in; what does not fill one is left out."""
@@ -240,61 +273,81 @@ class ReinforceModule(L.LightningModule):
         return found
 
     def improve(self, rollouts: list[Rollout]) -> None:
-        """One update from all of them."""
+        """One update of the policy."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        total, logs = 0, []
-        for number, rollout in enumerate(rollouts):
-            velocity = self.velocity(rollout.sequence, rollout.pooled, rollout.references, rollout.group_size)
-            advantages = self.advantages(rollout.rewards, self.weights).flatten().to(self.device)
-            points = list(self.algorithm.points(rollout, partial(self.draw, number, len(rollout))))
-            old = self.frozen("old", velocity, points) if self.old_rate < 1 else None
-            reference = self.frozen("reference", velocity, points) if self.kl > 0 else None
-            for i, point in enumerate(points):
-                v = velocity(point.x, point.sigma)
-                loss, metrics = self.algorithm.loss(
-                    v, v.detach() if old is None else old[i], point, rollout, advantages
-                )
-                if reference is not None:
-                    kl = velocity_divergence(v, reference[i])
-                    loss = loss + self.kl * kl
-                    metrics["kl"] = kl.detach().mean()
-                loss = loss.mean()
-                self.manual_backward(loss / (len(rollouts) * len(points)))
-                total += loss.detach()
-                logs.append(metrics)
-            cost = 3 + (old is not None) + (reference is not None)
-            self.evaluations += len(points) * len(rollout) * cost
+        logs = [
+            entry for number, rollout in enumerate(rollouts) for entry in self.learn(rollout, number, len(rollouts))
+        ]
         self._gradients.changed()
         self.log("train/grad_norm", self._gradients.norm(), batch_size=1)
-        self._gradients.clip(self.max_grad_norm)
+        self._gradients.clip(self.regularisation.max_grad_norm)
         optimizer.step()
-        self.lr_schedulers().step()
-        if self.old_rate < 1:
-            self.snapshots.approach("old", self.old_rate)
-        self.log("train/loss", total / len(logs), prog_bar=True, batch_size=1)
+        self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        if self.regularisation.old_rate < 1:
+            self.snapshots.approach("old", self.regularisation.old_rate)
         for name in logs[0]:
-            self.log(f"train/{name}", torch.stack([log[name] for log in logs]).mean(), batch_size=1)
+            self.log(f"train/{name}", torch.stack([entry[name] for entry in logs]).mean(), batch_size=1)
         self.log("train/evaluations", float(self.evaluations), batch_size=1)
 
-    @torch.no_grad()
-    def frozen(self, name: str, velocity: Velocity, points: list[Point]) -> list[Tensor]:
-        with self.snapshots.using(name):
-            return [velocity(point.x, point.sigma) for point in points]
+    def learn(self, rollout: Rollout, number: int, count: int) -> Iterator[dict[str, Tensor]]:
+        """Adds the gradients of one rollout of `count`; yields what to log of each point."""
+        policy = Policy.of(self.transformer, rollout, self.sampling.guidance_scale, self.negative())
+        advantages = self.advantages(rollout.rewards, self.weights).flatten().to(self.device)
+        points = list(self.algorithm.points(rollout, partial(self.draw_points, number, len(rollout))))
+        old = self.under("old", policy, points) if self.regularisation.old_rate < 1 else None
+        kl = self.regularisation.velocity_kl
+        reference = self.under("reference", policy, points) if kl > 0 else None
+        for i, point in enumerate(points):
+            v = policy(point.x, point.sigma)
+            losses, metrics = self.algorithm.loss(v, v.detach() if old is None else old[i], point, rollout, advantages)
+            metrics["loss"] = losses.detach().mean()
+            if reference is not None:
+                divergence = velocity_divergence(v, reference[i])
+                losses = losses + kl * divergence
+                metrics["velocity_kl"] = divergence.detach().mean()
+            self.manual_backward(losses.mean() / (count * len(points)))
+            yield metrics
+        self.count(len(points) * len(rollout) * (3 + (old is not None) + (reference is not None)))
 
-    def draw(self, batch: int, count: int, purpose: str, number: int, shape: tuple[int, ...]) -> Tensor:
-        seed = counter_seed(self.seed, f"{purpose} {number}", self.trainer.global_step, batch)
-        generator = torch.Generator().manual_seed(seed)
+    @torch.no_grad()
+    def under(self, name: str, policy: Policy, points: list[Point]) -> list[Tensor]:
+        """Velocities at points under other weights."""
+        with self.snapshots.using(name):
+            return [policy(point.x, point.sigma) for point in points]
+
+    def draw_uniform(self, purpose: str) -> float:
+        """One number in [0, 1) of an update."""
+        return self.draw_points(0, 1, purpose, 0, ()).item()
+
+    def draw_points(self, rollout: int, count: int, purpose: str, number: int, shape: tuple[int, ...]) -> Tensor:
+        """`count` draws, normal for "noise" and else uniform: a function of the update, the rollout and the number."""
+        seed = counter_seed(self.seed, f"{purpose} {number}", self.trainer.global_step, rollout)
         sampler = torch.randn if purpose == "noise" else torch.rand
-        return sampler((count, *shape), generator=generator)
+        return sampler((count, *shape), generator=torch.Generator().manual_seed(seed))
 
     def configure_optimizers(self) -> Any:
         self._gradients = Gradients(p for _, p in self.trainable_parameters())
-        optimizer, schedule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        optimizer, rule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
 
     def on_before_backward(self, loss: Tensor) -> None:
         self._gradients.changed()
 
     def gradient_norm(self) -> Float[Tensor, ""]:
+        """2-norm of all gradients since the last backward pass."""
         return self._gradients.norm()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the policies that are not trained, what waits for an update, and the counts."""
+        checkpoint["reinforce"] = {
+            "copies": self.snapshots.copies,
+            "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
+            "counts": (self.evaluations, self.pictures),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["reinforce"]
+        self.snapshots.copies = saved["copies"]
+        self.waiting = [Rollout.of(facts, tensors) for facts, tensors in saved["waiting"]]
+        self.evaluations, self.pictures = saved["counts"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,8 +28,13 @@ class Request:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Reward(Protocol):
-    """Scores pictures; a larger number is a better picture."""
+    """Scores pictures; a larger number is a better picture.
 
-    def score(self, pictures: Float[Tensor, "b 3 h w"], requests: Sequence[Request]) -> list[float | None]:
-        """One finite number a picture in [0, 1]; None where it could not be found, never a number in its place."""
+    Annotate an implementation with these very types: configs are checked against them.
+    """
+
+    def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:
+        """One finite number for each picture, (B, 3, H, W) in [0, 1]; None where it could not be found, never a number
+        in its place."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.errors import InputError
@@ -30,7 +29,7 @@ class SceneReward:
     def __init__(self, kind: Literal["strict", "soft"] = "soft") -> None:
         self.kind = kind
 
-    def score(self, pictures: Float[Tensor, "b 3 h w"], requests: Sequence[Request]) -> list[float | None]:
+    def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:
         pixels = (pictures.clamp(0, 1) * 255).permute(0, 2, 3, 1).cpu().numpy().round()
         return [self.one(picture, request) for picture, request in zip(pixels, requests, strict=True)]
 

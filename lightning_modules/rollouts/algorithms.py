@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -34,18 +34,22 @@ class Point(NamedTuple):
     noise: Tensor | None = None
 
 
+@runtime_checkable
 class Algorithm(Protocol):
-    """An algorithm; `stochastic` is what samples, None for the ODE."""
+    """An algorithm."""
 
-    @property
-    def stochastic(self) -> Stochastic | None: ...
+    def stochastic(self) -> Stochastic | None:
+        """What samples; None for the ODE."""
+
+    def window_at(self, u: float) -> tuple[int, int]:
+        """The stochastic steps, first and end, at a uniform draw in [0, 1)."""
 
     def points(self, rollout: Rollout, draw: Draw) -> Iterator[Point]:
         """Where the policy is asked about a rollout."""
 
     def loss(
-        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
-    ) -> tuple[Samples, dict[str, Tensor]]:
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """One loss a sample at a point, and what to log of it."""
 
 
@@ -89,18 +93,21 @@ class RatioBased:
     window: Window = field(default_factory=Window)
 
     def __post_init__(self) -> None:
-        if self.stochastic.unit != self.unit:
+        if self.stochastic().unit != self.unit:
             raise InputError(
-                f"{type(self).__name__}: its limits are in the unit {self.unit!r}, and the log-probability of the "
-                f"sampler {self.sampler!r} is in {self.stochastic.unit!r}; choose limits for that unit and name it, or "
-                "another sampler"
+                f"{type(self).__name__}: its limits are in the unit {self.unit!r}, and {self.sampler!r} has "
+                f"log-probabilities in {self.stochastic().unit!r}; choose limits for that unit and name it, or another "
+                "sampler"
             )
 
-    @property
     def stochastic(self) -> Stochastic:
         """The sampler."""
         kind = SAMPLERS[self.sampler]
         return kind() if self.noise is None else kind(self.noise)
+
+    def window_at(self, u: float) -> tuple[int, int]:
+        """One window for all groups of an update."""
+        return self.window.place(u)
 
     def points(self, rollout: Rollout, draw: Draw) -> Iterator[Point]:
         """The states before each stochastic step."""
@@ -111,7 +118,7 @@ class RatioBased:
     def compare(self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout) -> Comparison:
         """The step that was taken, under both velocities."""
         t, i = rollout.trajectory, point.step
-        c = self.stochastic.coefficients(t.sigmas[i].item(), t.sigmas[i + 1].item(), t.sigmas[1].item())
+        c = self.stochastic().coefficients(t.sigmas[i].item(), t.sigmas[i + 1].item(), t.sigmas[1].item())
         following = t.states[i + 1 - t.window[0]]
         mean, old_mean = sde.transition(c, point.x, v), sde.transition(c, point.x, v_old)
         log_ratio = sde.log_prob(c, self.unit, following, mean) - sde.log_prob(c, self.unit, following, old_mean)
@@ -141,8 +148,8 @@ class GRPO(RatioBased):
     clip: float = 1e-5
 
     def loss(
-        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
-    ) -> tuple[Samples, dict[str, Tensor]]:
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         ratio = torch.exp(self.compare(v, v_old, point, rollout).log_ratio)
         return ppo_clip(ratio, advantages, self.clip), ratio_metrics(ratio, (ratio - 1).abs() > self.clip)
 
@@ -157,8 +164,8 @@ class FlowDPPO(RatioBased):
     limit: float = 1e-5
 
     def loss(
-        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
-    ) -> tuple[Samples, dict[str, Tensor]]:
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         found = self.compare(v, v_old, point, rollout)
         ratio = torch.exp(found.log_ratio)
         std = found.coefficients.std if self.unit == "gaussian" else 0.5**0.5
@@ -181,8 +188,8 @@ class GRPOGuard(RatioBased):
             raise InputError(f'GRPOGuard is defined for "flow" and "dance", not {self.sampler!r}')
 
     def loss(
-        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
-    ) -> tuple[Samples, dict[str, Tensor]]:
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         found = self.compare(v, v_old, point, rollout)
         divergence = gaussian_divergence(found.mean, found.old_mean, found.coefficients.std)
         ratio = guarded_ratio(found.log_ratio, divergence, found.coefficients.std)
@@ -200,10 +207,13 @@ class ForwardProcess:
 
     points_per_picture: int = 4
 
-    @property
-    def stochastic(self) -> None:
+    def stochastic(self) -> Stochastic | None:
         """The ODE samples."""
         return None
+
+    def window_at(self, u: float) -> tuple[int, int]:
+        """No step is stochastic."""
+        return 0, 0
 
     def points(self, rollout: Rollout, draw: Draw) -> Iterator[Point]:
         """Each picture at noise levels of its own."""
@@ -228,8 +238,8 @@ class DiffusionNFT(ForwardProcess):
     advantage_limit: float = 5.0
 
     def loss(
-        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
-    ) -> tuple[Samples, dict[str, Tensor]]:
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         r = optimality(advantages, self.advantage_limit)
         loss = diffusion_nft(v, v_old, point.x, rollout.trajectory.x0, point.sigma, r, self.beta)
         return self.advantage_limit * loss, {"optimality": r.mean()}
@@ -248,8 +258,8 @@ class AWM(ForwardProcess):
     power: float = 0.25
 
     def loss(
-        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Samples
-    ) -> tuple[Samples, dict[str, Tensor]]:
+        self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         assert point.noise is not None
         target = path.velocity(rollout.trajectory.x0, point.noise)
         new, old = (matching_log_prob(each, target, point.sigma, self.power) for each in (v, v_old))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
+from lightning_modules.rollouts.policy import Policy
 from lightning_modules.samplers import ode, sde
-from lightning_modules.samplers.ode import Velocity
 from lightning_modules.samplers.sde import Stochastic, Trajectory
 
 
@@ -21,7 +21,7 @@ def repeated(batch: ImageBatch, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def sample(
-    velocity: Velocity,
+    policy: Policy,
     shape: tuple[int, ...],
     batch: ImageBatch,
     group_size: int,
@@ -29,16 +29,15 @@ def sample(
     stochastic: Stochastic | None,
     window: tuple[int, int],
     seed: int,
-    device: torch.device,
 ) -> Trajectory:
     """Pictures of each prompt, from noise that is a function of (seed, epoch, sample, member, step) alone."""
     epochs, ids = repeated(batch, group_size)
 
     def noise(purpose: str) -> Tensor:
-        return draw(torch.randn, shape, seed, purpose, epochs, ids).to(device)
+        return draw(torch.randn, shape, seed, purpose, epochs, ids).to(policy.sequence.device)
 
     start = noise("rollout")
     if stochastic is None:
-        x0 = ode.dpm_solver_2(velocity, start, sigmas)
+        x0 = ode.dpm_solver_2(policy, start, sigmas)
         return Trajectory(sigmas, (0, 0), start[None], start.new_zeros(0, len(start)), x0)
-    return sde.sample(velocity, start, sigmas, stochastic, window, lambda i: noise(f"rollout step {i}"))
+    return sde.sample(policy, start, sigmas, stochastic, window, lambda i: noise(f"rollout step {i}"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,14 +28,15 @@ class Coefficients(NamedTuple):
     std: float
 
 
+@runtime_checkable
 class Stochastic(Protocol):
-    """A stochastic sampler.
+    """A stochastic sampler."""
 
-    `unit` is what its log-probability is measured in: "gaussian" is the mean over elements of the log-density,
-    "squared" of -(x' - mean)^2 alone. Clip ranges of one do not fit the other.
-    """
-
-    unit: Unit
+    @property
+    def unit(self) -> Unit:
+        """What its log-probability is measured in: "gaussian" is the mean over elements of the log-density, "squared"
+        of -(x' - mean)^2 alone. Clip ranges of one do not fit the other.
+        """
 
     def coefficients(self, sigma: float, following: float, second: float) -> Coefficients:
         """Of the step from `sigma` to `following`; `second` is the schedule's second level."""

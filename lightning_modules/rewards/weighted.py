@@ -1,0 +1,60 @@
+"""Several rewards of a picture, each with its weight and its tasks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data_pipeline.errors import InputError
+from lightning_modules.rewards.protocol import Request, Reward
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Weighted:
+    """A reward, what it counts, and the tasks it judges (None: all)."""
+
+    reward: Reward
+    weight: float = 1.0
+    tasks: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise InputError(f"the weight of a reward is {self.weight}; expected a number other than 0")
+
+
+def of_task(rewards: Mapping[str, Weighted], task: str) -> dict[str, Weighted]:
+    """The rewards that judge a task; an InputError where there are none."""
+    found = {name: each for name, each in rewards.items() if each.tasks is None or task in each.tasks}
+    if not found:
+        raise InputError(f"no reward judges the task {task!r}; name it in the tasks of one of {', '.join(rewards)}")
+    return found
+
+
+def score(
+    rewards: Mapping[str, Weighted], pictures: Float[Tensor, "b 3 h w"], requests: Sequence[Request]
+) -> dict[str, Float[Tensor, " b"]]:
+    """Each reward's numbers by name; NaN where there is none. A failure is told apart from every number."""
+    found = {}
+    for name, each in rewards.items():
+        try:
+            values = each.reward.score(pictures, requests)
+            if len(values) != len(requests):
+                raise ValueError(f"{len(values)} scores for {len(requests)} pictures")
+        except InputError:
+            raise
+        except Exception as error:  # whatever a reward may raise, its groups are left out, and the run goes on
+            logger.warning(
+                "the reward %s failed for %d pictures: %s: %s", name, len(requests), type(error).__name__, error
+            )
+            values = [None] * len(requests)
+        numbers = [float("nan") if value is None or not math.isfinite(value) else float(value) for value in values]
+        found[name] = torch.tensor(numbers)
+    return found

@@ -1,0 +1,140 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from lightning_modules.samplers import ode, sde
+from lightning_modules.samplers.sde import CPS, SAMPLERS, DanceSDE, FlowSDE, Precise
+from lightning_modules.samplers.timesteps import schedule
+
+MEAN, STD = 0.7, 0.5  # of the data, one Gaussian an element
+EVERY = [FlowSDE(0.7), DanceSDE(0.3), CPS(0.8), Precise(1.5)]
+
+
+def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The exact velocity E[eps - x0 | x] where x0 is Gaussian."""
+    s = sigma.double()[:, None]
+    variance = (1 - s) ** 2 * STD**2 + s**2
+    centred = x.double() - (1 - s) * MEAN
+    return (s - (1 - s) * STD**2) / variance * centred - MEAN
+
+
+def noise(seed: int = 0, count: int = 4, width: int = 6):
+    def of(i: int) -> torch.Tensor:
+        return torch.randn(count, width, generator=torch.Generator().manual_seed(1000 * seed + i))
+
+    return of
+
+
+# Published coefficients on SD3.5's own schedule of 10 steps and shift 3: standard deviations, and (dmean/dv)^2 / 2 s^2.
+TABLE = {
+    0: (0.700, 0.0016, 0.913, 0.00095, 0.960, 0.00086),
+    2: (0.536, 0.0084, 0.816, 0.0086, 0.726, 0.0078),
+    4: (0.392, 0.035, 0.673, 0.038, 0.563, 0.032),
+    6: (0.319, 0.143, 0.442, 0.18, 0.393, 0.16),
+    7: (0.282, 0.34, 0.264, 0.60, 0.255, 0.59),
+    8: (0.225, 1.11, 0.0085, 519, 0.0089, 476),
+}
+
+
+@pytest.mark.parametrize("i", TABLE)
+def test_coefficients_are_the_published_ones(i: int) -> None:
+    sigmas = schedule(10, 3.0).double()
+    found = []
+    for sampler in (FlowSDE(0.7), CPS(0.8), Precise(1.5)):
+        c = sampler.coefficients(sigmas[i].item(), sigmas[i + 1].item(), sigmas[1].item())
+        found += [c.std, c.v**2 / (2 * c.std**2)]
+    assert found == pytest.approx(TABLE[i], rel=0.06)  # as printed, with two or three digits
+
+
+@pytest.mark.parametrize("kind", SAMPLERS.values(), ids=SAMPLERS)
+def test_without_noise_each_step_is_eulers(kind: type) -> None:
+    sigmas, x = schedule(8, 3.0), noise()(0)
+    found = sde.sample(lambda x, s: velocity(x, s).float(), x, sigmas, kind(0.0), (0, 0), noise())
+    assert torch.equal(found.x0, ode.euler(lambda x, s: velocity(x, s).float(), x, sigmas))
+    for i in range(7):
+        c = kind(0.0).coefficients(sigmas[i].item(), sigmas[i + 1].item(), sigmas[1].item())
+        assert c == pytest.approx((1.0, sigmas[i + 1].item() - sigmas[i].item(), 0.0), abs=1e-7)
+
+
+def mixture_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """The exact velocity where x0 is -1 or 1 (one in three and two in three) with a standard deviation of 0.2."""
+    s = sigma.double()[:, None, None]
+    centres, shares = torch.tensor([-1.0, 1.0]).double(), torch.tensor([1 / 3, 2 / 3]).double()
+    variance = (1 - s) ** 2 * 0.2**2 + s**2
+    gaps = x.double()[..., None] - (1 - s) * centres
+    weights = torch.softmax(shares.log() - gaps.square() / (2 * variance), dim=-1)
+    denoised = (weights * (centres + (1 - s) * 0.2**2 / variance * gaps)).sum(-1)
+    return (x.double() - denoised) / sigma.double()[:, None]
+
+
+@pytest.mark.parametrize("sampler", [FlowSDE(0.7), DanceSDE(0.3), Precise(1.0)], ids=lambda s: type(s).__name__)
+def test_sde_and_ode_reach_the_same_moments_of_a_mixture(sampler: sde.Stochastic) -> None:
+    levels = torch.cat([torch.linspace(1, 0.004, 200), torch.zeros(1)])
+    x = noise(count=20_000, width=1)(0)
+    stochastic = sde.sample(mixture_velocity, x, levels, sampler, (0, 199), noise(1, 20_000, 1)).x0
+    deterministic = ode.euler(mixture_velocity, x, levels)
+    for power in (1, 2, 3, 4):
+        assert (stochastic**power).mean().item() == pytest.approx((deterministic**power).mean().item(), abs=0.03)
+    assert (stochastic > 0).float().mean().item() == pytest.approx(2 / 3, abs=0.02)
+
+
+def spread(sampler: sde.Stochastic, steps: int, first: float = 1.0) -> list[float]:
+    """Variance over that of the path, after each step, of Gaussian data whose exact velocity is linear in x."""
+    levels = torch.linspace(first, 0.02, steps + 1, dtype=torch.float64).tolist()
+    variance, ratios = (1 - first) ** 2 * STD**2 + first**2, []
+    for sigma, following in itertools.pairwise(levels):
+        c = sampler.coefficients(sigma, following, levels[1])
+        slope = (sigma - (1 - sigma) * STD**2) / ((1 - sigma) ** 2 * STD**2 + sigma**2)
+        variance = (c.x + c.v * slope) ** 2 * variance + c.std**2
+        ratios.append(variance / ((1 - following) ** 2 * STD**2 + following**2))
+    return ratios
+
+
+@pytest.mark.parametrize("sampler", [FlowSDE(0.7), DanceSDE(0.3), Precise(1.0)], ids=lambda s: type(s).__name__)
+def test_the_error_of_a_stochastic_sampler_falls_at_first_order(sampler: sde.Stochastic) -> None:
+    # From 0.9 on: Flow-GRPO's noise is infinite at 1, where its code puts another number, whatever the steps.
+    errors = [abs(spread(sampler, steps, 0.9)[-1] - 1) for steps in (200, 400, 800)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.2) and errors[1] / errors[2] == pytest.approx(2, rel=0.2)
+
+
+def test_only_the_first_order_samplers_of_an_sde_add_variance() -> None:
+    assert max(spread(CPS(0.8), 10)) <= 1 + 1e-9 and max(spread(Precise(1.5), 10)) <= 1 + 1e-9
+    assert max(spread(FlowSDE(0.7), 10)) > 1.05
+    # What CPS loses does not vanish with more steps: its noise does not shrink with them.
+    assert spread(CPS(0.8), 800)[-1] < 0.8
+
+
+@pytest.mark.parametrize("walk", [ode.euler, ode.dpm_solver_2])
+def test_errors_fall_at_the_order_of_the_solver(walk) -> None:
+    order = {ode.euler: 1, ode.dpm_solver_2: 2}[walk]
+    # Between levels away from both ends, where neither solver falls back to first order.
+    errors = []
+    for steps in (40, 80):
+        sigmas = torch.linspace(0.95, 0.05, steps + 1, dtype=torch.float64)
+        x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+        exact_std = [math.sqrt((1 - s) ** 2 * STD**2 + s**2) for s in (0.95, 0.05)]
+        exact = (x - 0.05 * MEAN) * exact_std[1] / exact_std[0] + 0.95 * MEAN
+        errors.append((walk(velocity, x, sigmas) - exact).abs().max().item())
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize("sampler", EVERY, ids=lambda s: type(s).__name__)
+def test_a_replayed_log_probability_is_the_recorded_one_bit_for_bit(sampler: sde.Stochastic) -> None:
+    net = torch.nn.Linear(6, 6)
+    policy = lambda x, s: net(x) * s[:, None]  # noqa: E731
+    with torch.no_grad():
+        trajectory = sde.sample(policy, noise()(0), schedule(10, 3.0), sampler, (1, 4), noise(2))
+    assert trajectory.states.shape == (4, 4, 6) and trajectory.log_probs.shape == (3, 4)
+    for i in range(1, 4):
+        log_prob, _, _ = sde.replay(policy, trajectory, sampler, i)
+        assert log_prob.requires_grad and torch.equal(log_prob, trajectory.log_probs[i - 1])
+
+
+def test_log_probability_is_the_gaussians_mean_over_elements() -> None:
+    c = sde.Coefficients(1.0, -0.1, 0.3)
+    x, mean = torch.tensor([[0.2, 0.5]]), torch.tensor([[0.1, 0.1]])
+    wanted = torch.distributions.Normal(mean, 0.3).log_prob(x).mean(dim=1)
+    assert torch.allclose(sde.log_prob(c, "gaussian", x, mean), wanted)
+    assert sde.log_prob(c, "squared", x, mean).item() == pytest.approx(-(0.01 + 0.16) / 2)
