@@ -36,6 +36,8 @@ from lightning_modules.rollouts.records import Rollout
 from lightning_modules.samplers.timesteps import schedule
 from lightning_modules.schedule import AdamW, adamw
 
+PATIENCE = 50  # batches that teach nothing before a run is given up
+
 
 @dataclass
 class Sampling:
@@ -130,7 +132,7 @@ class ReinforceModule(L.LightningModule):
         self.max_sequence_length = max_sequence_length
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
-        self.evaluations, self.pictures = 0, 0
+        self.evaluations, self.pictures, self.idle = 0, 0, 0
         self._pipeline: KontextPipeline | None = None
 
     def configure_model(self) -> None:
@@ -171,7 +173,15 @@ class ReinforceModule(L.LightningModule):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self.waiting += self.collect(batch)
+        found = self.collect(batch)
+        self.idle = 0 if found else self.idle + 1
+        if self.idle == PATIENCE:
+            raise InputError(
+                f"{PATIENCE} batches of prompts in a row taught nothing: in each group all pictures are worth the same "
+                "or have no score. Look at reward/* and rollouts/* in TensorBoard; take easier or harder prompts, "
+                "larger groups, or a reward that tells pictures apart"
+            )
+        self.waiting += found
         if sum(len(rollout.keys) for rollout in self.waiting) >= self.sampling.groups:
             self.improve(self.packed())
             self.waiting = []
@@ -343,11 +353,11 @@ class ReinforceModule(L.LightningModule):
         checkpoint["reinforce"] = {
             "copies": self.snapshots.copies,
             "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
-            "counts": (self.evaluations, self.pictures),
+            "counts": (self.evaluations, self.pictures, self.idle),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint["reinforce"]
         self.snapshots.copies = saved["copies"]
         self.waiting = [Rollout.of(facts, tensors) for facts, tensors in saved["waiting"]]
-        self.evaluations, self.pictures = saved["counts"]
+        self.evaluations, self.pictures, self.idle = saved["counts"]

@@ -121,13 +121,14 @@ class RatioBased:
         c = self.stochastic().coefficients(t.sigmas[i].item(), t.sigmas[i + 1].item(), t.sigmas[1].item())
         following = t.states[i + 1 - t.window[0]]
         mean, old_mean = sde.transition(c, point.x, v), sde.transition(c, point.x, v_old)
-        log_ratio = sde.log_prob(c, self.unit, following, mean) - sde.log_prob(c, self.unit, following, old_mean)
-        return Comparison(log_ratio, mean, old_mean, c, t.sigmas[i].item() - t.sigmas[i + 1].item())
+        log_prob, old = (sde.log_prob(c, self.unit, following, each) for each in (mean, old_mean))
+        return Comparison(log_prob, log_prob - old, mean, old_mean, c, t.sigmas[i].item() - t.sigmas[i + 1].item())
 
 
 class Comparison(NamedTuple):
     """One step under two policies; `dt` is sigma - sigma'."""
 
+    log_prob: Tensor
     log_ratio: Tensor
     mean: Tensor
     old_mean: Tensor

@@ -90,7 +90,7 @@ class Rollout:
 
     def select(self, groups: Sequence[int]) -> Rollout:
         """These groups alone."""
-        rows = torch.tensor(list(groups), device=self.sequence.device)
+        rows = torch.tensor(list(groups), dtype=torch.int64, device=self.sequence.device)
         members = torch.arange(self.group_size, device=rows.device)
         pictures = (rows[:, None] * self.group_size + members).flatten()
         chosen = {

@@ -1,0 +1,316 @@
+"""The reinforcement loop on a micro folder: what it samples, keeps, learns from, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from micro import Brightness, micro_folder
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from data_pipeline.batches import ImageBatch
+from data_pipeline.errors import InputError
+from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.reinforce import PATIENCE, Regularisation, ReinforceModule, Sampling
+from lightning_modules.rewards.protocol import Request
+from lightning_modules.rewards.weighted import Weighted
+from lightning_modules.rollouts.algorithms import AWM, GRPO, DiffusionNFT, FlowDPPO, GRPOGuard, Window
+from lightning_modules.rollouts.policy import Policy
+from lightning_modules.rollouts.records import Rollout
+from lightning_modules.schedule import AdamW
+
+SAMPLING = Sampling(group_size=3, groups=4, micro_groups=2, num_inference_steps=4)
+WINDOW = Window(2, (0, 3))
+RATIO_BASED = [
+    GRPO(window=WINDOW),
+    GRPO("flow", unit="gaussian", window=WINDOW),
+    GRPO("dance", unit="gaussian", window=WINDOW),
+    GRPO("precise", unit="gaussian", window=WINDOW),
+    FlowDPPO(window=WINDOW),
+    GRPOGuard(window=WINDOW),
+]
+
+
+def prompts(number: int, task: str = "edit", count: int = 4) -> ImageBatch:
+    generator = torch.Generator().manual_seed(number)
+    target = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
+    references = torch.rand(count, 1, 3, 32, 32, generator=generator) * 2 - 1
+    return ImageBatch(
+        tasks=[task] * count,
+        keys=[f"k{number}-{i}" for i in range(count)],
+        sample_ids=torch.arange(count) + 10 * number,
+        epochs=torch.zeros(count, dtype=torch.int64),
+        prompts=[f"make it {i}" for i in range(count)],
+        target=target,
+        references=references if task == "edit" else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(micro_folder(tmp_path_factory.mktemp("micro") / "folder"))
+
+
+def made(folder: str, algorithm: object = DiffusionNFT(), reward: object = None, **changes: object) -> ReinforceModule:
+    settings = {
+        "sampling": SAMPLING,
+        "optimizer": AdamW(lr=1e-3, warmup_steps=0, weight_decay=0.0),
+        "steps": 10,
+        **changes,
+    }
+    rewards = {"bright": Weighted(Brightness() if reward is None else reward)}
+    return ReinforceModule(folder, rewards, algorithm, **settings)
+
+
+class Stream(IterableDataset):
+    """Batches without a length, which Lightning would count a resumed run's batches against."""
+
+    def __init__(self, batches: Sequence[ImageBatch]) -> None:
+        self.batches = list(batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+class SaveAfter(L.Callback):
+    """Saves a checkpoint after so many batches, wherever the updates are."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        self.batches -= 1
+        if not self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def trained(
+    module: ReinforceModule, batches: Sequence[ImageBatch], steps: int, root: Path, callbacks=(), **options
+) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        default_root_dir=root,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, DataLoader(Stream(batches), batch_size=None), **options)
+    return trainer
+
+
+def sampled(module: ReinforceModule, batch: ImageBatch, tmp_path: Path) -> Rollout:
+    """One rollout with rewards, outside of a Trainer's loop."""
+    module.configure_model()
+    module.configure_optimizers()
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    with torch.no_grad():
+        rollout = module.sample(batch)
+    rollout.rewards = {"bright": torch.rand(len(batch), 3, generator=torch.Generator().manual_seed(0))}
+    return rollout
+
+
+@pytest.mark.parametrize("algorithm", RATIO_BASED, ids=lambda a: f"{type(a).__name__}-{a.sampler}")
+def test_log_probabilities_agree_bitwise_and_the_first_ratio_is_one(folder: str, algorithm, tmp_path: Path) -> None:
+    module = made(folder, algorithm)
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    policy = Policy.of(module.transformer, rollout, 1.0, None)
+    points = list(algorithm.points(rollout, module.draw_points))
+    assert len(points) == 2
+    for place, point in enumerate(points):
+        v = policy(point.x, point.sigma)
+        comparison = algorithm.compare(v, v.detach(), point, rollout)
+        assert torch.equal(comparison.log_prob, rollout.trajectory.log_probs[place])
+        loss, metrics = algorithm.loss(v, v.detach(), point, rollout, torch.ones(len(rollout)))
+        assert metrics["ratio_mean"] == 1 and metrics["ratio_std"] == 0 and metrics["clipped"] == 0
+        loss.mean().backward()
+    assert module.transformer.proj_out.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("algorithm", [*RATIO_BASED, DiffusionNFT(), AWM()], ids=lambda a: type(a).__name__)
+def test_zero_advantages_have_no_gradient(folder: str, algorithm, tmp_path: Path) -> None:
+    module = made(folder, algorithm)
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    policy = Policy.of(module.transformer, rollout, 1.0, None)
+    draw = lambda purpose, number, shape: module.draw_points(0, len(rollout), purpose, number, shape)  # noqa: E731
+    for point in algorithm.points(rollout, draw):
+        v = policy(point.x, point.sigma)
+        loss, _ = algorithm.loss(v, v.detach(), point, rollout, torch.zeros(len(rollout)))
+        gradient = torch.autograd.grad(loss.mean(), module.transformer.proj_out.weight)[0]
+        # NFT contrasts v+ and v- with equal weights: nothing but rounding is left.
+        assert gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize(
+    "algorithm", [GRPO(window=WINDOW, clip=1e-2), DiffusionNFT(), AWM()], ids=lambda a: type(a).__name__
+)
+def test_learning_raises_the_reward(folder: str, algorithm, tmp_path: Path) -> None:
+    module = made(folder, algorithm, optimizer=AdamW(lr=3e-3, warmup_steps=0, weight_decay=0.0), steps=40)
+    seen: list[float] = []
+    module.log = lambda name, value, **_: seen.append(float(value)) if name == "reward/edit" else None
+    trained(module, [prompts(i) for i in range(24)], 24, tmp_path)
+    first, last = torch.tensor(seen[:12]), torch.tensor(seen[-12:])
+    assert last.mean() > first.mean() + 2 * (first.std() + last.std()) / 12**0.5
+
+
+def test_an_update_waits_until_enough_groups_teach_something(folder: str, tmp_path: Path) -> None:
+    class Picky(Brightness):
+        """Tells only the pictures of the first prompt of a batch apart."""
+
+        def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:
+            found = super().score(pictures, requests)
+            return [s if r.prompt == "make it 0" else 0.5 for s, r in zip(found, requests, strict=True)]
+
+    module = made(folder, reward=Picky())
+    updates: list[list[str]] = []
+    improve = module.improve
+    module.improve = lambda rollouts: (updates.append([k for r in rollouts for k in r.keys]), improve(rollouts))
+    trained(module, [prompts(i) for i in range(9)], 2, tmp_path)
+    assert updates == [["k0-0", "k1-0", "k2-0", "k3-0"], ["k4-0", "k5-0", "k6-0", "k7-0"]]
+
+
+def test_a_reward_that_never_tells_pictures_apart_ends_the_run(folder: str, tmp_path: Path) -> None:
+    class Flat:
+        def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:
+            return [0.0] * len(requests)
+
+    with pytest.raises(InputError, match="taught nothing"):
+        trained(made(folder, reward=Flat()), [prompts(i, count=2) for i in range(PATIENCE + 2)], 2, tmp_path)
+
+
+class Faulty(Brightness):
+    """Fails in one way at its second call."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.calls = fault, 0
+
+    def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:
+        self.calls += 1
+        found = super().score(pictures, requests)
+        if self.calls != 2:
+            return found
+        if self.fault == "raises":
+            raise ConnectionError("the server is down")
+        return {"nan": [math.nan, *found[1:]], "none": [None, *found[1:]], "short": found[1:]}[self.fault]
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan", "none", "short"])
+def test_no_failure_of_a_reward_becomes_a_number(folder: str, fault: str, tmp_path: Path) -> None:
+    module = made(folder, reward=Faulty(fault))
+    kept: list[list[str]] = []
+    improve = module.improve
+    module.improve = lambda rollouts: (kept.append([k for r in rollouts for k in r.keys]), improve(rollouts))
+    trained(module, [prompts(i) for i in range(4)], 1, tmp_path)
+    # The second call is on the prompts 2 and 3 of the first batch; one missing number loses its own group alone.
+    lost = {"k0-2"} if fault in ("nan", "none") else {"k0-2", "k0-3"}
+    assert len(kept[0]) >= 4 and lost.isdisjoint(kept[0])
+
+
+@pytest.mark.parametrize("task", ["edit", "text_to_image"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder: str, task: str, tmp_path: Path) -> None:
+    changes = {"regularisation": Regularisation(velocity_kl=0.1, old_rate=0.3)}
+    batches = [prompts(i, task, 2) for i in range(12)]  # two batches an update
+    whole = made(folder, **changes)
+    trained(whole, batches, 4, tmp_path)
+    first = made(folder, **changes)
+    between = SaveAfter(5, tmp_path / "stopped.ckpt")
+    trained(first, batches, 3, tmp_path, callbacks=[between])
+    second = made(folder, **changes)
+    trained(second, batches[5:], 4, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", weights_only=False)
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(weights, second.state_dict()[name]), name
+    for name, copy in whole.snapshots.copies["old"].items():
+        assert torch.equal(copy, second.snapshots.copies["old"][name])
+
+
+def test_rollouts_survive_saving_selecting_and_joining(folder: str, tmp_path: Path) -> None:
+    rollout = sampled(made(folder, GRPO(window=WINDOW)), prompts(0), tmp_path)
+    rollout.save(tmp_path / "r.safetensors")
+    loaded = Rollout.load(tmp_path / "r.safetensors")
+    assert loaded.facts() == rollout.facts() and len(loaded) == 12 and loaded.group_size == 3
+    again = Rollout.join([loaded.select([0, 1]), loaded.select([2, 3])])
+    for name, tensor in rollout.tensors().items():
+        assert torch.equal(tensor, loaded.tensors()[name]) and torch.equal(tensor, again.tensors()[name])
+    assert again.keys == rollout.keys and loaded.select([3]).keys == ["k0-3"]
+
+
+def test_members_of_a_group_differ_and_do_not_depend_on_what_is_beside_them(folder: str, tmp_path: Path) -> None:
+    module = made(folder, GRPO(window=WINDOW))
+    both = sampled(module, prompts(0, count=2), tmp_path).trajectory
+    with torch.no_grad():
+        alone = module.sample(prompts(0, count=2).rows(1, 2)).trajectory
+    assert torch.equal(both.states[0, 3:], alone.states[0]) and both.window == alone.window
+    assert len({tuple(row.flatten().tolist()) for row in both.states[0]}) == 6
+
+
+def test_guidance_is_part_of_the_policy_and_costs_twice(folder: str, tmp_path: Path) -> None:
+    guided = made(folder, GRPO(window=WINDOW), sampling=replace(SAMPLING, guidance_scale=3.0))
+    rollout = sampled(guided, prompts(0, count=2), tmp_path)
+    assert guided.evaluations == 2 * 4 * 6
+    policy = Policy.of(guided.transformer, rollout, 3.0, guided.negative())
+    point = next(guided.algorithm.points(rollout, guided.draw_points))
+    comparison = guided.algorithm.compare(v := policy(point.x, point.sigma), v.detach(), point, rollout)
+    assert torch.equal(comparison.log_prob, rollout.trajectory.log_probs[0])
+
+
+def test_the_velocity_kl_pulls_to_the_reference(folder: str, tmp_path: Path) -> None:
+    away: dict[float, float] = {}
+    for weight in (0.0, 10.0):
+        module = made(folder, regularisation=Regularisation(velocity_kl=weight))
+        module.configure_model()
+        before = [p.detach().clone() for _, p in module.trainable_parameters()]
+        trained(module, [prompts(i) for i in range(6)], 6, tmp_path)
+        away[weight] = sum(
+            (p - b).square().sum().item() for (_, p), b in zip(module.trainable_parameters(), before, strict=True)
+        )
+    assert away[10.0] < away[0.0]
+
+
+def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path) -> None:
+    """Where all pictures are entirely good and beta is 1, NFT regresses on them as flow matching does."""
+    module = made(folder)
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    policy = Policy.of(module.transformer, rollout, 1.0, None)
+    draw = lambda purpose, number, shape: module.draw_points(0, len(rollout), purpose, number, shape)  # noqa: E731
+    point = next(DiffusionNFT().points(rollout, draw))
+    v = policy(point.x, point.sigma)
+    loss, _ = DiffusionNFT().loss(v, torch.randn_like(v), point, rollout, torch.full((len(rollout),), 5.0))
+    target = point.noise - rollout.trajectory.x0
+    error = (v - target).flatten(1)
+    wanted = (error.square().mean(1) / error.abs().mean(1)) * point.sigma  # |x0(v) - x0| = sigma |v - target|
+    assert torch.allclose(loss / 5, wanted, rtol=1e-4)
+    assert flow_matching(v, target, torch.ones(len(v))).item() > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda: Sampling(group_size=1), "at least 2 pictures"),
+        (lambda: Sampling(groups=6, micro_groups=4), "multiple of micro_groups"),
+        (lambda: Window(4, (0, 3)), "do not fit"),
+        (lambda: GRPO("flow"), "log-probabilities in 'gaussian'"),
+        (lambda: GRPO("cps", unit="gaussian"), "log-probabilities in 'squared'"),
+        (lambda: GRPOGuard("precise"), "defined for"),
+        (lambda: Regularisation(old_rate=0.0), "old_rate"),
+        (lambda: Weighted(Brightness(), math.nan), "weight"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(wrong, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        wrong()
+
+
+def test_a_task_without_a_reward_is_named(folder: str, tmp_path: Path) -> None:
+    module = made(folder)
+    module.rewards = {"bright": Weighted(Brightness(), tasks=["text_to_image"])}
+    with pytest.raises(InputError, match="no reward judges the task 'edit'"):
+        trained(module, [prompts(0)], 1, tmp_path)
