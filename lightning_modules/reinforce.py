@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import counter_seed, draw
 from data_pipeline.errors import InputError
+from lightning_modules.evaluation.pictures import dashboard
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.forward_process import velocity_divergence
 from lightning_modules.networks.autoencoder import decode_latents, sample_latents
@@ -196,6 +197,8 @@ class ReinforceModule(L.LightningModule):
                 part = batch.rows(start, start + size)
                 rollout = self.sample(part)
                 pictures = (decode_latents(self.pipeline().vae, rollout.trajectory.x0) / 2 + 0.5).clamp(0, 1)
+                for name, value in dashboard(pictures, self.sampling.group_size).items():
+                    self.log(f"pictures/{batch.task}_{name}", value, batch_size=1)
                 pending.append((rollout, pool.submit(score, rewards, pictures, self.requests(part, rollout))))
         found = [self.judged(rollout, future.result()) for rollout, future in pending]
         return [rollout for rollout in found if rollout.keys]

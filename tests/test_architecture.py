@@ -99,6 +99,7 @@ def test_low_layers_import_only_what_they_may(path: Path) -> None:
             "dataclasses",
             "lightning_modules",
             "math",
+            "typing",
         }
     if prefix(name, STANDARD_ONLY):
         assert imported <= {"__future__", "collections", "dataclasses", "typing", "re"}

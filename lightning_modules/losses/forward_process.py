@@ -5,8 +5,6 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_modules.samplers.path import denoise
-
 Images = Float[Tensor, "b ..."]
 Samples = Float[Tensor, " b"]
 
@@ -17,11 +15,14 @@ def optimality(advantages: Samples, limit: float) -> Samples:
 
 
 # DiffusionNFT (arXiv 2509.16117), equation 5, with the weighting of its appendix (1 / |x0 error|, no gradient).
-def diffusion_nft(v: Images, v_old: Images, x: Images, x0: Images, sigma: Samples, r: Samples, beta: float) -> Samples:
-    """r |x0(v+) - x0|^2 + (1 - r) |x0(v-) - x0|^2, over beta; v+ and v- lie beta towards v from v_old and away."""
-    positive = denoise(x, beta * v + (1 - beta) * v_old, sigma)
-    negative = denoise(x, (1 + beta) * v_old - beta * v, sigma)
+def diffusion_nft(positive: Images, negative: Images, x0: Images, r: Samples, beta: float) -> Samples:
+    """r |x0(v+) - x0|^2 + (1 - r) |x0(v-) - x0|^2, over beta."""
     return (r * normalised_error(positive, x0) + (1 - r) * normalised_error(negative, x0)) / beta
+
+
+def contrast(v: Images, v_old: Images, beta: float) -> tuple[Images, Images]:
+    """v+ = beta v + (1 - beta) v_old, v- = (1 + beta) v_old - beta v: beta towards v from v_old, and away."""
+    return beta * v + (1 - beta) * v_old, (1 + beta) * v_old - beta * v
 
 
 def normalised_error(found: Images, x0: Images) -> Samples:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from lightning_modules.losses.forward_process import diffusion_nft, matching_log_prob, optimality
+from lightning_modules.losses.forward_process import contrast, diffusion_nft, matching_log_prob, optimality
 from lightning_modules.losses.policy_gradient import divergence_mask, gaussian_divergence, guarded_ratio, ppo_clip
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.samplers import path, sde
@@ -242,7 +242,9 @@ class DiffusionNFT(ForwardProcess):
         self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         r = optimality(advantages, self.advantage_limit)
-        loss = diffusion_nft(v, v_old, point.x, rollout.trajectory.x0, point.sigma, r, self.beta)
+        towards, away = contrast(v, v_old, self.beta)
+        positive, negative = (path.denoise(point.x, each, point.sigma) for each in (towards, away))
+        loss = diffusion_nft(positive, negative, rollout.trajectory.x0, r, self.beta)
         return self.advantage_limit * loss, {"optimality": r.mean()}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_modules.losses.forward_process import (
+    contrast,
     diffusion_nft,
     matching_log_prob,
     optimality,
@@ -33,22 +34,26 @@ def test_gaussian_divergence_and_guarded_ratio_by_hand() -> None:
     assert guarded_ratio(T([0.0]), T([0.0]), 0.5).item() == 1
 
 
+def nft(v: torch.Tensor, old: torch.Tensor, r: float, beta: float) -> torch.Tensor:
+    """At x = 1 and sigma = 0.5, where the velocity 1 denoises to x0 = 0.5 and the velocity 0 to 1."""
+    positive, negative = (1 - 0.5 * each for each in contrast(v, old, beta))
+    return diffusion_nft(positive, negative, T([[0.5]]), T([r]), beta)
+
+
 def test_diffusion_nft_by_hand() -> None:
-    # x0 = 0.5 at x = 1 and sigma = 0.5: the velocity 1 denoises to it, the old velocity 0 to 1.
-    v, old, x, x0, sigma = T([[1.0]]), T([[0.0]]), T([[1.0]]), T([[0.5]]), T([0.5])
+    v, old = T([[1.0]]), T([[0.0]])
     # v+ = 1 -> 0.5, error 0; v- = -1 -> 1.5, error 1, its square over its size 1.
     for r, wanted in ((1.0, 0.0), (0.0, 1.0), (0.25, 0.75)):
-        assert diffusion_nft(v, old, x, x0, sigma, T([r]), 1.0).item() == pytest.approx(wanted)
+        assert nft(v, old, r, 1.0).item() == pytest.approx(wanted)
     # beta 0.5: v+ = 0.5 -> 0.75, 0.25^2 / 0.25; v- = -0.5 -> 1.25, 0.75^2 / 0.75; the whole over beta.
-    assert diffusion_nft(v, old, x, x0, sigma, T([0.5]), 0.5).item() == pytest.approx((0.125 + 0.375) / 0.5)
+    assert nft(v, old, 0.5, 0.5).item() == pytest.approx((0.125 + 0.375) / 0.5)
 
 
 def test_the_gradient_of_nft_points_to_good_pictures_and_away_from_bad_ones() -> None:
-    x, x0, sigma, old = T([[1.0]]), T([[0.5]]), T([0.5]), T([[0.0]])
-    signs = []
+    old, signs = T([[0.0]]), []
     for r in (1.0, 0.5, 0.0):
         v = old.clone().requires_grad_()
-        diffusion_nft(v, old, x, x0, sigma, T([r]), 1.0).sum().backward()
+        nft(v, old, r, 1.0).sum().backward()
         assert v.grad is not None
         signs.append(v.grad.item())
     assert signs[0] < 0 and signs[1] == pytest.approx(0) and signs[2] > 0  # descent raises v towards 1
