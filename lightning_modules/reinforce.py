@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,8 +21,10 @@ from data_pipeline.errors import InputError
 from lightning_modules.evaluation.pictures import dashboard
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.forward_process import velocity_divergence
+from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents, sample_latents
 from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.loading import compare_shapes
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
@@ -104,6 +107,7 @@ class ReinforceModule(L.LightningModule):
         advantages: how rewards become advantages.
         sampling: how many pictures, and how they are sampled.
         regularisation: what holds the policy back.
+        lora: adapters to train in place of all weights.
         optimizer: AdamW and its schedule.
         steps: updates of the whole run, for the schedule.
         seed: the seed of every draw.
@@ -119,6 +123,7 @@ class ReinforceModule(L.LightningModule):
         advantages: Advantages = Advantages(),  # noqa: B008
         sampling: Sampling = Sampling(),  # noqa: B008
         regularisation: Regularisation = Regularisation(),  # noqa: B008
+        lora: Lora | None = None,
         optimizer: AdamW = AdamW(),  # noqa: B008
         steps: int = 1000,
         seed: int = 0,
@@ -127,9 +132,10 @@ class ReinforceModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
-        self.regularisation, self.optimizer_settings = regularisation, optimizer
+        self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
         self.max_sequence_length = max_sequence_length
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
@@ -146,6 +152,8 @@ class ReinforceModule(L.LightningModule):
         self._encoder, self._prompts = LatentEncoder(self._pipeline.vae), PromptCache(self._pipeline)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
+        if self.lora is not None:
+            add_lora(self.transformer, self.lora, self.seed)
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         if self.regularisation.velocity_kl > 0:
             self.snapshots.take("reference")
@@ -352,7 +360,9 @@ class ReinforceModule(L.LightningModule):
         return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the policies that are not trained, what waits for an update, and the counts."""
+        """Adds the policies that are not trained, what waits for an update, and the counts; drops frozen weights."""
+        trained = dict(self.trainable_parameters())
+        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
         checkpoint["reinforce"] = {
             "copies": self.snapshots.copies,
             "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
@@ -360,6 +370,11 @@ class ReinforceModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shapes = [
+            {n: tuple(t.shape) for n, t in state.items()}
+            for state in (dict(self.trainable_parameters()), checkpoint["state_dict"])
+        ]
+        compare_shapes(Path(self.pretrained), *shapes)
         saved = checkpoint["reinforce"]
         self.snapshots.copies = saved["copies"]
         self.waiting = [Rollout.of(facts, tensors) for facts, tensors in saved["waiting"]]

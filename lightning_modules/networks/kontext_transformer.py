@@ -13,6 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_modules.networks.adapters import has_adapters, merged_state
 from lightning_modules.networks.attention import KontextAttnProcessor
 from lightning_modules.networks.loading import CheckpointError, check_weights
 
@@ -119,6 +120,15 @@ class KontextTransformer(SD3Transformer2DModel):
         if folder.is_dir():
             check_weights(cls, folder, KNOWN_CLASSES, optional={"pos_embed.pos_embed"})
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Writes a `transformer/` folder; adapters are merged into the weights, which stay as they are here."""
+        if not has_adapters(self):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        plain = type(self).from_config(self.config)
+        plain.load_state_dict(merged_state(self))
+        plain.to(self.dtype).save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the config under the stock class's name, so that stock diffusers loads the folder too."""

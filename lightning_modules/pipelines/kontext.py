@@ -20,6 +20,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from data_pipeline.transforms import fit_size, to_tensor
 from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks.adapters import adapter_state, has_adapters
 from lightning_modules.networks.autoencoder import decode_latents, encode_moments, sample_latents
 from lightning_modules.networks.loading import (
     CheckpointError,
@@ -72,8 +73,16 @@ class KontextPipeline(StableDiffusion3Pipeline):
         return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a checkpoint folder that names only classes of diffusers and transformers."""
+        """Writes a checkpoint folder that names only classes of diffusers and transformers; adapters are merged into
+        its weights, and lie in lora/ too, as diffusers' `load_lora_weights` reads them."""
         super().save_pretrained(str(save_directory), **kwargs)
+        if has_adapters(self.transformer):
+            weights, settings = adapter_state(self.transformer)
+            self.save_lora_weights(
+                str(Path(save_directory, "lora")),
+                transformer_lora_layers=weights,
+                transformer_lora_adapter_metadata=settings,
+            )
         path = Path(save_directory, "model_index.json")
         index = read_json(path)
         index |= {"_class_name": STOCK_PIPELINE, "transformer": STOCK_TRANSFORMER}

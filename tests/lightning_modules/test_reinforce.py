@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from micro import Brightness, micro_folder
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from data_pipeline.batches import ImageBatch
 from data_pipeline.errors import InputError
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.networks.adapters import Lora
+from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.reinforce import PATIENCE, Regularisation, ReinforceModule, Sampling
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted
@@ -215,9 +218,42 @@ def test_no_failure_of_a_reward_becomes_a_number(folder: str, fault: str, tmp_pa
     assert len(kept[0]) >= 4 and lost.isdisjoint(kept[0])
 
 
+def test_adapters_train_alone_and_export_merged(folder: str, tmp_path: Path) -> None:
+    module = made(folder, lora=Lora(rank=2, alpha=4), regularisation=Regularisation(velocity_kl=0.1))
+    module.configure_model()
+    base = {n: p.detach().clone() for n, p in module.transformer.named_parameters() if "lora_" not in n}
+    x, sigma = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    inputs = {"encoder_hidden_states": torch.randn(1, 3, module.transformer.config.joint_attention_dim)}
+    inputs |= {"pooled_projections": torch.randn(1, module.transformer.config.pooled_projection_dim)}
+    channels = module.transformer.config.in_channels
+    x = torch.randn(1, channels, 8, 8)
+
+    def velocity(transformer: torch.nn.Module) -> Tensor:
+        with torch.no_grad():
+            return transformer(hidden_states=x, timestep=sigma, return_dict=False, **inputs)[0]
+
+    plain = KontextPipeline.from_pretrained(folder).transformer
+    assert torch.equal(velocity(module.transformer), velocity(plain))  # B is zero: the base, bit for bit
+    trained(module, [prompts(i) for i in range(3)], 3, tmp_path)
+    for name, p in module.transformer.named_parameters():
+        assert p.requires_grad == ("lora_" in name)
+        assert "lora_" in name or torch.equal(p, base[name])
+    with torch.no_grad():
+        moved = velocity(module.transformer)
+    assert not torch.equal(moved, velocity(plain))
+    with module.snapshots.using("reference"):
+        assert torch.equal(velocity(module.transformer), velocity(plain))
+    module.pipeline().save_pretrained(tmp_path / "export")
+    assert torch.allclose(velocity(KontextPipeline.from_pretrained(tmp_path / "export").transformer), moved, atol=1e-5)
+    stock = StableDiffusion3Pipeline.from_pretrained(folder, transformer=plain)
+    stock.load_lora_weights(tmp_path / "export" / "lora")
+    assert torch.allclose(velocity(stock.transformer), moved, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["full", "lora"])
 @pytest.mark.parametrize("task", ["edit", "text_to_image"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder: str, task: str, tmp_path: Path) -> None:
-    changes = {"regularisation": Regularisation(velocity_kl=0.1, old_rate=0.3)}
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder: str, task: str, lora: Lora | None, tmp_path: Path) -> None:
+    changes = {"regularisation": Regularisation(velocity_kl=0.1, old_rate=0.3), "lora": lora}
     batches = [prompts(i, task, 2) for i in range(12)]  # two batches an update
     whole = made(folder, **changes)
     trained(whole, batches, 4, tmp_path)
