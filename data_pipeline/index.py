@@ -47,6 +47,7 @@ COLUMNS = [
     name for name in SCHEMA.names if name not in ("origin", "licence", "text_length", "text_sha256", "pictures_sha256")
 ]
 KEEP = "keep.parquet"
+MANIFEST = "manifest.json"  # of a finished build
 SUFFIX = ".index.parquet"
 LOCATION = b"location"  # of the tar, in a sidecar's metadata, where it is not beside it: an absolute path or a URL
 TEXT_FIELDS = ("json", "txt")  # every record has one of them, and one row that is its text's
@@ -109,6 +110,19 @@ def sidecar(shard: Path) -> Path:
     return shard.with_suffix(SUFFIX)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a build."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        absent = sorted({"recipe", "kept", "rejected", "examples", "shards"} - set(found))
+        if absent:
+            raise ValueError(f"it has no {', '.join(absent)}")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the manifest of a build: {error}; choose another folder") from error
+    return found
+
+
 def sidecars(folder: Path) -> list[Path]:
     """The index files of a folder of finished shards, or of a folder of indexes of tars elsewhere, in stored order."""
     folder = Path(folder)
@@ -120,12 +134,26 @@ def sidecars(folder: Path) -> list[Path]:
         return indexes
     if not shards:
         raise InputError(f"{folder} holds no shards (*.tar); {remedy}")
-    if (folder / "recipe.json").is_file() and not (folder / "manifest.json").is_file():
+    if (folder / "recipe.json").is_file() and not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} holds an unfinished build; run the same build command again, it goes on")
+    if (folder / MANIFEST).is_file():
+        check_built(folder, {shard.name for shard in shards})
     for shard in shards:
         if not sidecar(shard).is_file():
             raise InputError(f"{shard} has no index {sidecar(shard).name} beside it; build the shards again")
     return [sidecar(shard) for shard in shards]
+
+
+def check_built(folder: Path, found: set[str]) -> None:
+    """Compares the tars of a folder with those of its build: what an interrupted one left must not be trained on."""
+    built = {str(shard["name"]) for shard in read_manifest(folder)["shards"]}
+    if strangers := sorted(found - built):
+        raise InputError(
+            f"{folder / strangers[0]} is none of the {len(built)} shards in {MANIFEST}; remove it, or move it to "
+            "a folder of its own"
+        )
+    if missing := sorted(built - found):
+        raise InputError(f"{folder / missing[0]} is missing, {MANIFEST} names it; build the shards again")
 
 
 def load_index(folder: Path) -> list[IndexedRecord]:

@@ -20,11 +20,22 @@ from PIL import Image
 
 from data_pipeline.charts import Histogram, chart, histogram
 from data_pipeline.errors import InputError
-from data_pipeline.index import COLUMNS, KEEP, SCHEMA, IndexedRecord, Member, read_member, shard_of, sidecars
+from data_pipeline.index import (
+    COLUMNS,
+    KEEP,
+    MANIFEST,
+    SCHEMA,
+    IndexedRecord,
+    Member,
+    read_manifest,
+    read_member,
+    shard_of,
+    sidecars,
+)
 from data_pipeline.progress import progress
 from data_pipeline.records import EncodedImage
 from data_pipeline.report import Categories, Figure, Picture, Report, Stage, render
-from data_pipeline.shards import MANIFEST, atomic_write, read_manifest, upright_size
+from data_pipeline.shards import atomic_write, upright_size
 from data_pipeline.sources.folder import EXTENSIONS
 from data_pipeline.sources.webdataset import MAX_TEXT, TEXTS
 from data_pipeline.steps.decode import Decode

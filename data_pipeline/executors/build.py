@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,14 @@ from filelock import FileLock, Timeout
 
 from data_pipeline.errors import InputError
 from data_pipeline.executors.task import EXAMPLES, Step, Task
-from data_pipeline.index import sidecar
+from data_pipeline.index import MANIFEST, read_manifest, sidecar
 from data_pipeline.progress import progress
-from data_pipeline.shards import MANIFEST, atomic_write, read_manifest
+from data_pipeline.shards import atomic_write
 from data_pipeline.sources.protocol import Source
 
 RECIPE = "recipe.json"
 VERSION = 2
+OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.(tar|index\.parquet|task\.json)|\..+\.tmp")  # what tasks write
 BUDGET_AFTER = 1000  # records seen before the share of rejections can stop a build
 
 
@@ -111,15 +113,23 @@ def finished(output: Path, task: Task) -> bool:
 
 
 def conclude(output: Path, tasks: Sequence[Task], recipe: dict[str, Any]) -> dict[str, Any]:
-    """Writes and returns the manifest; removes what killed workers left."""
+    """Writes and returns the manifest, once nothing is left but what it names."""
     manifest = {"version": VERSION, "recipe": recipe, **merged(output, tasks)}
     if not manifest["shards"]:
         shutil.rmtree(output)  # this build made it, and holds nothing but rejections
         raise InputError(f"no record survived, nothing was written to {output}. {summary(manifest)}")
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(output, tasks, manifest)
     atomic_write(output / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False).encode())
     return manifest
+
+
+def remove_leftovers(output: Path, tasks: Sequence[Task], manifest: dict[str, Any]) -> None:
+    """Removes what killed workers left, and the shards of tasks whose input has changed since an interrupted build."""
+    tars = [output / shard["name"] for shard in manifest["shards"]]
+    ours = {f"{task.stem}.task.json" for task in tasks} | {path.name for tar in tars for path in (tar, sidecar(tar))}
+    for path in output.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in ours:
+            path.unlink(missing_ok=True)
 
 
 def merged(output: Path, tasks: Sequence[Task]) -> dict[str, Any]:
