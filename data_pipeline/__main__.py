@@ -15,7 +15,7 @@ from data_pipeline.executors.build import Executor, summary
 from data_pipeline.executors.local import Local
 from data_pipeline.executors.on_ray import Ray
 from data_pipeline.inspect import inspect
-from data_pipeline.recipe import load_recipe, load_selection
+from data_pipeline.recipe import load_recipe, load_selection, share_of_rejected
 from data_pipeline.select import report, select
 
 ENCODERS = "lightning_modules.pipelines.encoders"
@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     build.add_argument("--executor", choices=["local", "ray"], default="local")
     build.add_argument("--workers", type=int, default=0, help="processes or actors; 0: one for each processor")
     build.add_argument("--gpus", type=float, default=0.0, help="GPUs an actor of Ray takes, fractions allowed")
+    build.add_argument("--max_rejected", type=float, help="share of rejected records that stops it, not the recipe's")
     index = command("index", "indexes tars by others where they lie, by their headers alone")
     index.add_argument("tars", nargs="+", help="tars, folders of tars or URLs; {0000..0009} stands for a range")
     index.add_argument("--output", required=True, type=Path, help="a folder for the indexes")
@@ -96,6 +97,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 def run_build(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Builds shards by a recipe."""
     recipe, executor, output = load_recipe(arguments.config, rest), chosen_executor(arguments), arguments.output
+    if arguments.max_rejected is not None:
+        recipe.max_rejected = share_of_rejected(arguments.max_rejected, "--max_rejected")
     print(f"building {output} from {type(recipe.source).__name__} by {executor}")
     manifest = recipe.build(output, executor)
     print(summary(manifest))

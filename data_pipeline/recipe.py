@@ -85,10 +85,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     size = content.get("records_per_shard", 4096)
     if type(size) is not int or size < 1:
         raise InputError(f"recipe {path}: records_per_shard is {size!r}; expected a whole number of at least 1")
-    budget = content.get("max_rejected", 1.0)
-    if type(budget) not in (int, float) or not 0 <= budget <= 1:
-        raise InputError(f"recipe {path}: max_rejected is {budget!r}; expected a share from 0 to 1")
-    return Recipe(source, steps, size, float(budget))
+    budget = share_of_rejected(content.get("max_rejected", 1.0), f"recipe {path}: max_rejected")
+    return Recipe(source, steps, size, budget)
+
+
+def share_of_rejected(value: Any, name: str) -> float:
+    """An error budget, from 0 to 1."""
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}; expected a share from 0 to 1")
+    return float(value)
 
 
 def described(part: Any) -> Any:

@@ -112,12 +112,15 @@ def test_building_again_does_nothing_and_overwrites_nothing(pictures: Path, tmp_
     assert before == {f: f.stat().st_mtime_ns for f in out.iterdir()}
 
 
-def test_a_failing_build_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_build_that_nothing_survives_leaves_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("alone")
     with pytest.raises(InputError, match=r"no record survived(.|\n)*caption_without_image"):
         build("text_image", tmp_path / "in", tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    (ledger,) = (tmp_path / "out").glob("*.task.json")
+    assert "caption_without_image" in ledger.read_text() and not list((tmp_path / "out").glob("*.tar"))
+    picture(tmp_path / "in" / "a.png")  # mended, the same command goes on
+    assert build("text_image", tmp_path / "in", tmp_path / "out")["kept"] == {"text_image/unsplit": 1}
 
 
 @pytest.fixture
