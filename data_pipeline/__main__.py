@@ -1,4 +1,4 @@
-"""python -m data_pipeline build | index | select | lint | inspect | cache: each says what it does and what it left."""
+"""python -m data_pipeline build | score | index | select | lint | inspect | cache: each says what it does and left."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor, summary
 from data_pipeline.executors.local import Local
 from data_pipeline.executors.on_ray import Ray
+from data_pipeline.index import SUFFIX
 from data_pipeline.inspect import inspect
-from data_pipeline.recipe import load_recipe, load_selection, share_of_rejected
+from data_pipeline.recipe import load_recipe, load_scoring, load_selection, share_of_rejected
+from data_pipeline.score import score
 from data_pipeline.select import report, select
 
 ENCODERS = "lightning_modules.pipelines.encoders"
@@ -32,16 +34,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     build = command("build", "any source in, shards out; options of the source go as --source.NAME VALUE")
     build.add_argument("-c", "--config", required=True, type=Path, help="a recipe of configs/data")
     build.add_argument("--output", required=True, type=Path, help="a new folder for the shards")
-    build.add_argument("--executor", choices=["local", "ray"], default="local")
-    build.add_argument("--workers", type=int, default=0, help="processes or actors; 0: one for each processor")
-    build.add_argument("--gpus", type=float, default=0.0, help="GPUs an actor of Ray takes, fractions allowed")
     build.add_argument("--max_rejected", type=float, help="share of rejected records that stops it, not the recipe's")
+    scoring = command("score", "adds columns to the indexes of shards or of tars elsewhere; no tar is written")
+    scoring.add_argument("folder", type=Path, help="a folder of shards or indexes")
+    scoring.add_argument("-c", "--config", required=True, type=Path, help="a recipe, for its steps that score")
+    for each in (build, scoring):
+        each.add_argument("--executor", choices=["local", "ray"], default="local")
+        each.add_argument("--workers", type=int, default=0, help="processes or actors; 0: one for each processor")
+        each.add_argument("--gpus", type=float, default=0.0, help="GPUs an actor of Ray takes, fractions allowed")
     index = command("index", "indexes tars by others where they lie, by their headers alone")
     index.add_argument("tars", nargs="+", help="tars, folders of tars or URLs; {0000..0009} stands for a range")
     index.add_argument("--output", required=True, type=Path, help="a folder for the indexes")
     choose = command("select", "decides which records to train on; rules go as --rules.NAME VALUE")
     choose.add_argument("folder", type=Path, help="a folder of shards or indexes")
-    choose.add_argument("-c", "--config", type=Path, help="rules, such as configs/data/select.yaml")
+    choose.add_argument("-c", "--config", type=Path, help="rules, such as configs/data/select_edit.yaml")
     check = command("lint", "names every defect of tars, ours or by others")
     check.add_argument("folder", type=Path, help="a tar or a folder of tars")
     look = command("inspect", "counts, and one HTML report")
@@ -78,6 +84,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     match arguments.command:
         case "build":
             return run_build(arguments, rest)
+        case "score":
+            steps, executor = load_scoring(arguments.config), chosen_executor(arguments)
+            print(f"scoring {arguments.folder} by {', '.join(type(step).__name__ for step in steps)} by {executor}")
+            print(score(arguments.folder, steps, executor))
+            print(f"columns in {arguments.folder}/*{SUFFIX}; look: python -m data_pipeline inspect {arguments.folder}")
         case "index":
             print(foreign.index(arguments.tars, arguments.output))
             print(f"indexes in {arguments.output}; look: python -m data_pipeline inspect {arguments.output}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -159,7 +159,7 @@ def check_built(folder: Path, found: set[str]) -> None:
 def load_index(folder: Path) -> list[IndexedRecord]:
     """The selected records of a folder of shards, in stored order; all where nothing was selected."""
     folder = Path(folder)
-    records = [record for path in sidecars(folder) for record in _grouped(path)]
+    records = [record for path in sidecars(folder) for record in records_in(path)]
     kept = kept_ids(folder)
     return records if kept is None else [record for record in records if record.sample_id in kept]
 
@@ -203,17 +203,20 @@ def named(sha256: bytes | None, place: str, offset: int) -> str:
     return sha256.hex() if sha256 else f"at-{place}-{offset}"
 
 
-def _grouped(path: Path) -> Iterable[IndexedRecord]:
-    """Rows of one sidecar to records; members of a record are adjacent."""
-    current: IndexedRecord | None = None
+def records_in(path: Path) -> Iterator[IndexedRecord]:
+    """The records of one sidecar, in stored order."""
     try:
         table = pq.read_table(path, columns=COLUMNS)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is damaged, build the shards again: {error}") from error
     facts = table.schema.metadata or {}
-    shard = shard_of(path, facts)
-    place = place_of(facts)
-    for row in table.to_pylist():
+    yield from grouped(table.to_pylist(), shard_of(path, facts), place_of(facts))
+
+
+def grouped(rows: Iterable[Mapping[str, Any]], shard: Path | str, place: str) -> Iterator[IndexedRecord]:
+    """Rows of a sidecar as records; members of a record are adjacent."""
+    current: IndexedRecord | None = None
+    for row in rows:
         if current is None or current.key != row["key"]:
             if current is not None:
                 yield current

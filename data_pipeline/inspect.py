@@ -26,7 +26,8 @@ from data_pipeline.index import (
     MANIFEST,
     SCHEMA,
     IndexedRecord,
-    Member,
+    grouped,
+    place_of,
     read_manifest,
     read_member,
     shard_of,
@@ -46,8 +47,6 @@ TINY = 128  # pixels up to which a picture is kept exactly
 SAMPLE = 256  # records whose metadata is counted, which only the tars hold: shares to within a few percent
 EXACT = 2**53  # integers beyond it are fingerprints, not quantities
 PLAIN = ("kind", "split", "origin", "licence")
-IDENTITY = ("key", "kind", "split", "sample_id")  # columns that are fields of an IndexedRecord
-PLACE = ("offset", "size", "width", "height", "extension")  # and of a Member
 PICTURES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 LIMITS = Decode(min_side=1)
 
@@ -217,16 +216,13 @@ def load(index: Index, numbers: np.ndarray) -> dict[int, IndexedRecord]:
     for file in progress(files, len(files), "shards"):
         path = index.listed[file]
         table = pq.read_table(path, columns=COLUMNS)
-        shard = shard_of(path, table.schema.metadata or {})
+        facts = table.schema.metadata or {}
+        shard, place = shard_of(path, facts), place_of(facts)
         ends = np.append(index.row[index.file == file], table.num_rows)
         for i in numbers[index.file[numbers] == file].tolist():
             start = index.row[i]
             rows = table.slice(start, ends[np.searchsorted(ends, start) + 1] - start).to_pylist()
-            members = {
-                row["field"]: Member(**{name: row[name] for name in PLACE}, sha256=(row["sha256"] or b"").hex())
-                for row in rows
-            }
-            found[i] = IndexedRecord(shard, **{name: rows[0][name] for name in IDENTITY}, members=members)
+            (found[i],) = grouped(rows, shard, place)
     return found
 
 
