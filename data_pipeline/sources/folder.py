@@ -45,6 +45,14 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def outside(path: Path, root: Path) -> tuple[str, str] | None:
+    """(reason, detail) where a path, or a link that it is, leads out of a folder, which is resolved: whoever made the
+    folder must not choose what is read of this machine."""
+    if path.resolve().is_relative_to(root):
+        return None
+    return "path_outside_folder", f"{printable(path.name)!r} leaves the folder {printable(root.name)}"
+
+
 def read_file(path: Path) -> bytes | tuple[str, str]:
     """A file's bytes, or (reason, detail) why not: one unreadable file must not end a build."""
     try:
@@ -58,7 +66,7 @@ def read_file(path: Path) -> bytes | tuple[str, str]:
 
 @dataclass
 class Folder:
-    """Pictures (.png, .jpg, .jpeg, .webp) anywhere below `path`, each with NAME.txt beside it."""
+    """Pictures (.png, .jpg, .jpeg, .webp) anywhere below `path`, each with NAME.txt beside it; links stay inside."""
 
     path: str = ""
     origin: str = ""
@@ -88,6 +96,7 @@ class Folder:
             yield Unit(name, {"files": names}, digest(names, sizes))
 
     def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        """The records of a range of files."""
         root = Path(self.path)
         for encoded in unit.where["files"]:
             path = root / os.fsdecode(encoded.encode("latin-1"))
@@ -103,6 +112,8 @@ class Folder:
         name, key, caption = printable(path), file_key(path), image.with_suffix(".txt")
         if not caption.is_file():
             return Rejected(key, "image_without_caption", f"{name} has no {printable(caption.name)} beside it")
+        if refused := outside(caption, root.resolve()) or outside(image, root.resolve()):
+            return Rejected(key, *refused)
         words, data = read_file(caption), read_file(image)
         if isinstance(words, tuple) or isinstance(data, tuple):
             return Rejected(key, *(words if isinstance(words, tuple) else data))
