@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from data_pipeline import foreign, lint
 from data_pipeline.encode import Encoding
 from data_pipeline.errors import InputError
@@ -50,6 +52,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     choose.add_argument("-c", "--config", type=Path, help="rules, such as configs/data/select_edit.yaml")
     check = command("lint", "names every defect of tars, ours or by others")
     check.add_argument("folder", type=Path, help="a tar or a folder of tars")
+    for each in (index, check):
+        each.add_argument("--layout", default="text_image", help="what a sample by others is, as of a source")
+        each.add_argument("--columns", type=columns, default={}, help="""such as '{"sources": "src.jpg"}'""")
     look = command("inspect", "counts, and one HTML report")
     look.add_argument("folder", type=Path, help="a folder of shards or indexes")
     look.add_argument("--limit", type=int, default=48, help="records on the page")
@@ -71,6 +76,17 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return arguments, rest
 
 
+def columns(text: str) -> dict[str, str | list[str]]:
+    """Columns or members by role, from JSON or YAML; argparse reports what is neither."""
+    found = yaml.safe_load(text)
+    if not isinstance(found, dict):
+        raise ValueError
+    listed = [name for value in found.values() for name in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(name, str) for name in [*found, *listed]):
+        raise ValueError
+    return found
+
+
 def chosen_executor(arguments: argparse.Namespace) -> Executor:
     """What runs the tasks."""
     if arguments.workers < 0 or arguments.gpus < 0:
@@ -90,16 +106,21 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             print(score(arguments.folder, steps, executor))
             print(f"columns in {arguments.folder}/*{SUFFIX}; look: python -m data_pipeline inspect {arguments.folder}")
         case "index":
-            print(foreign.index(arguments.tars, arguments.output))
+            print(f"indexing {' '.join(arguments.tars)} into {arguments.output}, as {arguments.layout}")
+            print(foreign.index(arguments.tars, arguments.output, arguments.layout, arguments.columns))
             print(f"indexes in {arguments.output}; look: python -m data_pipeline inspect {arguments.output}")
         case "select":
+            print(f"selecting from {arguments.folder} by its indexes")
             funnel = select(arguments.folder, load_selection(arguments.config, rest))
             print(f"{report(funnel)}\nkept records in {arguments.folder / 'keep.parquet'}, which training honours")
         case "lint":
-            return lint.main(arguments.folder)
+            print(f"reading every byte of the tars of {arguments.folder}")
+            return lint.main(arguments.folder, arguments.layout, arguments.columns)
         case "inspect":
+            print(f"inspecting {arguments.folder}: a page of {arguments.limit} records")
             print(inspect(arguments.folder, arguments.limit))
         case "cache":
+            print(f"encoding {' '.join(arguments.shards)} into {arguments.output} by {arguments.pretrained}")
             options = {name: value for name, value in vars(arguments).items() if name != "command"}
             print(Encoding(**options).run())
     return 0

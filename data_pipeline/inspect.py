@@ -325,9 +325,8 @@ def texts_of(record: IndexedRecord, facts: dict[str, Any]) -> list[tuple[str, st
     turns = facts.get("turns")
     if isinstance(turns, list):
         return [(str(turn[0]), str(turn[1])) for turn in turns if isinstance(turn, list) and len(turn) == 2]
-    for name, member in record.members.items():
-        if extension(record, name) in TEXTS and member.size <= MAX_TEXT:
-            return [("", verified(record, name).decode("utf-8", "replace").strip())]
+    if "txt" in record.members and record.members["txt"].size <= MAX_TEXT:
+        return [("", verified(record, "txt").decode("utf-8-sig", "replace").strip())]
     names = ("caption", "instruction", "prompt", *TEXTS)
     return [("", str(facts[name])) for name in names if facts.get(name)][:1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data_pipeline.errors import InputError
@@ -14,9 +14,12 @@ from data_pipeline.sources.webdataset import WebDataset
 from data_pipeline.steps.decode import Decode
 
 
-def lint(path: Path) -> Iterator[str]:
-    """One line for each defect, "TAR: SAMPLE: REASON: WHAT", as tars are read; every picture is decoded."""
-    source, decode = WebDataset(str(path)), Decode()
+def lint(path: Path, layout: str = "text_image", columns: Mapping[str, str | list[str]] | None = None) -> Iterator[str]:
+    """One line for each defect, "TAR: SAMPLE: REASON: WHAT", as tars are read; every picture is decoded.
+
+    `layout` and `columns` say what a sample by others is, as of data_pipeline.sources.WebDataset.
+    """
+    source, decode = WebDataset(str(path), layout, dict(columns or {})), Decode()
     units = [Unit(name, {"file": name}, "") for name, _ in source.tars()]  # hashing would read each tar twice
     keys: dict[str, str] = {}
     for unit in progress(units, len(units), "tars"):
@@ -36,12 +39,12 @@ def summary(defects: Counter[str]) -> str:
     return "\n".join(f"{count:>9,}  {reason}" for reason, count in defects.most_common())
 
 
-def main(path: Path) -> int:
+def main(path: Path, layout: str = "text_image", columns: Mapping[str, str | list[str]] | None = None) -> int:
     """Prints every defect and their counts; the exit status is 1 if there is any."""
     if not Path(path).exists():
         raise InputError(f"there is nothing at {path}; expected a tar or a folder of tars")
     defects: Counter[str] = Counter()
-    for line in lint(path):
+    for line in lint(path, layout, columns):
         print(line)
         defects[line.split(": ")[2]] += 1
     print(summary(defects) if defects else f"{path}: no defect")

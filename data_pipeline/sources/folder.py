@@ -45,12 +45,10 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def outside(path: Path, root: Path) -> tuple[str, str] | None:
-    """(reason, detail) where a path, or a link that it is, leads out of a folder, which is resolved: whoever made the
-    folder must not choose what is read of this machine."""
-    if path.resolve().is_relative_to(root):
-        return None
-    return "path_outside_folder", f"{printable(path.name)!r} leaves the folder {printable(root.name)}"
+def leaves(path: Path, root: Path) -> bool:
+    """Whether a path, or a link that it is, leads out of a folder, which is resolved: whoever made the folder must not
+    choose what is read of this machine."""
+    return not path.resolve().is_relative_to(root)
 
 
 def read_file(path: Path) -> bytes | tuple[str, str]:
@@ -112,8 +110,8 @@ class Folder:
         name, key, caption = printable(path), file_key(path), image.with_suffix(".txt")
         if not caption.is_file():
             return Rejected(key, "image_without_caption", f"{name} has no {printable(caption.name)} beside it")
-        if refused := outside(caption, root.resolve()) or outside(image, root.resolve()):
-            return Rejected(key, *refused)
+        if leaves(caption, root.resolve()) or leaves(image, root.resolve()):
+            return Rejected(key, "path_outside_folder", f"{name} or its caption is a link out of the folder")
         words, data = read_file(caption), read_file(image)
         if isinstance(words, tuple) or isinstance(data, tuple):
             return Rejected(key, *(words if isinstance(words, tuple) else data))

@@ -16,9 +16,9 @@ from data_pipeline.errors import InputError
 from data_pipeline.index import sidecar
 from data_pipeline.records import KEY_PATTERN, EncodedImage, ReasoningRecord, Record, Rejected, facts, record_from, slug
 from data_pipeline.sources.conversations import RowError
-from data_pipeline.sources.drafts import draft
+from data_pipeline.sources.drafts import Draft, draft
 from data_pipeline.sources.folder import MAX_BYTES, existing_path, extension_of
-from data_pipeline.sources.layouts import columns_of
+from data_pipeline.sources.layouts import Columns, columns_of
 from data_pipeline.sources.protocol import Unit, digest
 from data_pipeline.tars import Defect, Sample, samples, scan
 
@@ -64,6 +64,7 @@ class WebDataset:
         return [(tar.relative_to(path).as_posix() if path.is_dir() else tar.name, tar) for tar in tars]
 
     def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        """The records of a tar, and everything in it that makes none."""
         path = Path(self.path)
         tar = path / unit.where["file"] if path.is_dir() else path
         promised = indexed_hashes(tar)
@@ -100,27 +101,36 @@ class WebDataset:
     def _foreign(
         self, name: str, sample: str, content: Mapping[str, bytes], row: dict[str, Any], images: Images
     ) -> Record:
-        """A row whose columns are those of the JSON and the members; the only picture is the column "image" as well,
-        the only text "caption"."""
-        columns = columns_of(self.layout, self.columns)
-        wanted = {column for names in columns.named.values() for column in names}
-        row |= {
-            rest: rest if rest in images else data.decode("utf-8-sig")
-            for rest, data in content.items()
-            if rest in wanted
-        }
-        text = next((content[member] for member in TEXTS if member in content and member not in row), None)
-        if "caption" in wanted and text is not None:
-            row["caption"] = text.decode("utf-8-sig")
-        if "image" in wanted and images:
-            row["image"] = list(images)
-        try:
-            found = draft(row, columns)
-            pictures = tuple(images[picture] for picture in found.pictures)
-        except (RowError, KeyError) as error:
-            raise ValueError(f"{error}; its members are {', '.join(sorted(content))}") from error
+        found = sample_draft(content, row, columns_of(self.layout, self.columns))
+        pictures = tuple(images[picture] for picture in found.pictures)
         key = f"{slug(Path(sample).name)[:40]}-{digest(name, sample)[:16]}".lstrip("-")
         return found.record(key, pictures, self.origin or name, self.licence, sample=sample)
+
+
+def sample_draft(content: Mapping[str, bytes], row: Mapping[str, Any], columns: Columns) -> Draft:
+    """What a sample by others says, its pictures by the names of their members; ValueError where it says too little.
+
+    Its columns are those of its JSON, `row`, and its members; the only picture is the column "image" as well, the only
+    text "caption". Of pictures the names suffice.
+    """
+    images = [rest for rest in content if extension_of(rest)]
+    wanted = {column for names in columns.named.values() for column in names}
+    row = dict(row)
+    row |= {
+        rest: rest if rest in images else data.decode("utf-8-sig") for rest, data in content.items() if rest in wanted
+    }
+    text = next((content[member] for member in TEXTS if member in content and member not in row), None)
+    if "caption" in wanted and text is not None:
+        row["caption"] = text.decode("utf-8-sig")
+    if "image" in wanted and images:
+        row["image"] = images
+    try:
+        found = draft(row, columns)
+        if absent := [picture for picture in found.pictures if picture not in images]:
+            raise RowError(f"it has no member {str(absent[0])[:80]!r}")
+    except RowError as error:
+        raise ValueError(f"{error}; its members are {', '.join(sorted(content))}") from error
+    return found
 
 
 def own_record(key: str, found: Mapping[str, Any], images: Images) -> Record:

@@ -43,7 +43,21 @@ def test_whole_tars_have_no_defect(tmp_path: Path, capsys: pytest.CaptureFixture
     tar(tmp_path / "theirs" / "00000.tar", {"000.jpg": jpeg(), "000.txt": b"a", "000.json": b'{"url": "x"}'})
     for folder in ("ours", "theirs"):
         status, found = lines(tmp_path / folder, capsys)
-        assert status == 0 and found == [f"{tmp_path / folder}: no defect"]
+        assert status == 0 and found[1:] == [f"{tmp_path / folder}: no defect"]
+
+
+TRIPLET = {"0.src.jpg": jpeg(), "0.tgt.jpg": jpeg(24), "0.txt": b"make it larger"}
+MEMBERS = '{"sources": "src.jpg", "target": "tgt.jpg", "text": "txt"}'
+
+
+def test_edits_by_others_are_linted_by_their_members(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tar(tmp_path / "theirs" / "00000.tar", TRIPLET)
+    options = ["lint", str(tmp_path / "theirs"), "--layout", "edit", "--columns"]
+    assert main([*options, MEMBERS]) == 0 and "no defect" in capsys.readouterr().out
+    assert main(options[:2]) == 1 and "bad_sample" in capsys.readouterr().out
+    assert main([*options, '{"subject": "src.jpg"}']) == 2 and "names ['subject']" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*options, "src.jpg"])
 
 
 @pytest.mark.parametrize(
