@@ -287,7 +287,8 @@ def column_histogram(index: Index, name: str, detail: str, kept: np.ndarray | No
         values = present.to_numpy()
         if values.dtype.kind == "f" or not values.size or max(-int(values.min()), int(values.max())) < EXACT:
             return histogram(name, detail, values, None if kept is None else kept[column.is_valid().to_numpy()], nulls)
-    return Histogram(name, detail, len(present), nulls, distinct=pc.count_distinct(present).as_py())
+    flat = pc.list_flatten(present) if pa.types.is_list(column.type) else present
+    return Histogram(name, detail, len(flat), nulls, distinct=pc.count_distinct(flat).as_py())
 
 
 def figure(record: IndexedRecord, row: dict[str, Any], kept: bool | None) -> Figure:

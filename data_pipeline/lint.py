@@ -52,9 +52,11 @@ def manifest_defects(tars: Sequence[Path]) -> Iterator[str]:
     """Where the tars of a build are not those that its manifest names."""
     for folder in dict.fromkeys(tar.parent for tar in tars):
         if (folder / MANIFEST).is_file():
-            built, found = {shard["name"] for shard in read_manifest(folder)["shards"]}, {tar.name for tar in tars}
-            yield from (f"{name}: {MANIFEST}: missing_tar: it is named there" for name in sorted(built - found))
-            for tar in (tar for tar in tars if tar.parent == folder):
+            built = {shard["name"] for shard in read_manifest(folder)["shards"]}
+            here = [tar for tar in tars if tar.parent == folder]
+            for name in sorted(built - {tar.name for tar in here}):
+                yield f"{name}: {MANIFEST}: missing_tar: it is named there"
+            for tar in here:
                 if tar.name not in built:
                     yield f"{tar.name}: {MANIFEST}: unknown_tar: it is not named there"
                 elif not sidecar(tar).is_file():

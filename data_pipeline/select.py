@@ -30,6 +30,7 @@ from data_pipeline.shards import atomic_write
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio: spreads a key over the upper bits
 BLOCK = 1 << 17  # rows compared at a time, in the processor's cache
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*(.+?)\s*")
+PERCEPTUAL = ("phash", "phash_others")  # of the picture to learn, and of the others
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "<": pc.less,
     "<=": pc.less_equal,
@@ -48,7 +49,8 @@ class Selection:
         where: conditions on columns, "words >= 3" or "licence != CC-BY-NC-4.0". A null passes: a score that does not
             apply to a kind of record is no reason to drop it.
         takedown: text files of keys or sha256 of members to leave out, one a line.
-        decontaminate: text files of sha256 of benchmark pictures, or of 16-digit perceptual hashes, one a line.
+        decontaminate: text files of sha256 of benchmark pictures, or of 16-digit perceptual hashes, one a line. Every
+            picture of a record is compared, sources too.
         duplicates: "" keeps them, "record" drops equal pictures with equal text, "picture" equal pictures.
         near: largest distance in bits of perceptual hashes to be a duplicate; None keeps near-duplicates.
         share: share of each kind's records that are kept, drawn by sample id ({"edit": 0.5}).
@@ -87,8 +89,11 @@ def select(folder: Path, rules: Selection) -> list[tuple[str, int, int]]:
     if rules.duplicates or members or hashes:
         check_hashed(listed)
     alike = perceptual(forbidden)
-    if len(alike) and "phash" not in columns:
-        raise InputError("decontaminate lists perceptual hashes, but not every index has the column phash; build anew")
+    if len(alike) and not set(PERCEPTUAL) <= set(columns):
+        raise InputError(
+            f"decontaminate lists perceptual hashes, but not every index has the columns {' and '.join(PERCEPTUAL)}; "
+            f"add them: python -m data_pipeline score {folder} -c configs/data/text_image.yaml"
+        )
     table = record_rows(listed, columns)
     funnel: list[tuple[str, int, int]] = []
 
@@ -103,8 +108,8 @@ def select(folder: Path, rules: Selection) -> list[tuple[str, int, int]]:
         narrow("takedown", ~(is_among(table["key"], taken) | holds_member(listed, table, members)))
     if rules.decontaminate:
         keep = ~holds_member(listed, table, hashes)
-        if "phash" in table.column_names:
-            keep &= ~near_any(table["phash"], alike, rules.near or 0)
+        if len(alike):
+            keep &= ~any_near(table, alike, rules.near or 0)
         narrow("decontaminate", keep)
     if rules.duplicates:
         names = ["pictures_sha256", *(["text_sha256"] if rules.duplicates == "record" else [])]
@@ -137,7 +142,8 @@ def needed_columns(listed: Sequence[Path], rules: Selection) -> list[str]:
     wanted += ["key"] if rules.takedown else []
     wanted += ["kind"] if rules.share else []
     wanted += {"record": ["pictures_sha256", "text_sha256"], "picture": ["pictures_sha256"]}.get(rules.duplicates, [])
-    wanted += ["phash"] if rules.decontaminate and all("phash" in schema.names for schema in schemas) else []
+    everywhere = set.intersection(*(set(schema.names) for schema in schemas))
+    wanted += [name for name in PERCEPTUAL if rules.decontaminate and name in everywhere]
     return list(dict.fromkeys(["sample_id", *wanted]))
 
 
@@ -240,6 +246,15 @@ def unsigned(column: pa.ChunkedArray) -> np.ndarray:
 def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Bits in which 64-bit integers differ."""
     return np.bitwise_count(a ^ b)
+
+
+def any_near(table: pa.Table, forbidden: np.ndarray, bits: int) -> np.ndarray:
+    """Which records have a picture within `bits` of a forbidden hash."""
+    near = near_any(table["phash"], forbidden, bits)
+    others = table["phash_others"].combine_chunks()
+    flat = pa.chunked_array([pc.list_flatten(others)])
+    near[pc.list_parent_indices(others).to_numpy()[near_any(flat, forbidden, bits)]] = True
+    return near
 
 
 def near_any(column: pa.ChunkedArray, forbidden: np.ndarray, bits: int) -> np.ndarray:

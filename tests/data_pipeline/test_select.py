@@ -14,8 +14,9 @@ from data_pipeline.errors import InputError
 from data_pipeline.index import KEEP, LOCATION, SUFFIX, sample_id, with_scores
 from data_pipeline.select import Selection, first_of_near, near_pairs, report, select
 from data_pipeline.steps.columns import column
+from data_pipeline.steps.fingerprints import Fingerprint
 
-COLUMNS = [column("words", pa.int32(), "quality", "1"), column("phash", pa.int64(), "phash", "1")]
+COLUMNS = [column("words", pa.int32(), "quality", "1"), *Fingerprint().columns()]
 
 
 def rows(count: int, **changes: list) -> list[dict]:
@@ -43,6 +44,7 @@ def rows(count: int, **changes: list) -> list[dict]:
                 "sha256": hashlib.sha256(facts.pop("member", key).encode()).digest(),
                 "words": 5,
                 "phash": None,
+                "phash_others": [],
                 **facts,
             }
         )
@@ -115,6 +117,17 @@ def test_lists_take_records_out_by_key_by_member_and_by_likeness(folder, tmp_pat
     assert kept(path, Selection(takedown=[str(tmp_path / "gone.txt")])) == [2, 3]
     assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")])) == [0, 3]
     assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")], near=3)) == [0]
+
+
+def test_a_benchmark_s_picture_is_found_among_sources_too(folder, tmp_path: Path) -> None:
+    path = folder(rows(4, phash=[0, None, 2**40, 2**50], phash_others=[[2**50, 2**60], [], [-1, 7], None]))
+    (tmp_path / "bench.txt").write_text(f"{2**60:016x}\n{2**64 - 1:016x}\n")
+    assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")])) == [1, 3]
+    assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")], near=1)) == [1, 3]
+    table = pq.read_table(path / f"a{SUFFIX}").drop(["phash_others"])
+    pq.write_table(table, path / f"a{SUFFIX}")
+    with pytest.raises(InputError, match="not every index has the columns phash and phash_others"):
+        select(path, Selection(decontaminate=[str(tmp_path / "bench.txt")]))
 
 
 def test_a_share_is_drawn_by_record_and_grows_with_itself(folder) -> None:

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipeline.records import EditRecord, EncodedImage, PromptRecord, Record, TextImageRecord
+from data_pipeline.executors.task import score_columns
+from data_pipeline.index import with_scores
+from data_pipeline.records import EditRecord, EncodedImage, PreferenceRecord, PromptRecord, Record, TextImageRecord
 from data_pipeline.steps.fingerprints import Fingerprint, phash
 from data_pipeline.steps.pixels import pixels
 from data_pipeline.steps.quality import Change, Quality, change_mask, entropy, sharpness
@@ -100,7 +102,18 @@ def test_a_fingerprint_survives_size_and_compression_and_tells_pictures_apart() 
         assert bits(own, phash(np.asarray(Image.open(buffer)))) <= 4
     apart = [bits(a, b) for i, a in enumerate(prints) for b in prints[:i]]
     assert min(apart) > 8 and abs(np.mean(apart) - 32) < 2
-    assert Fingerprint().score([PROMPT]) == [{"phash": None}]
+    assert Fingerprint().score([PROMPT]) == [{"phash": None, "phash_others": []}]
+
+
+def test_every_picture_of_a_record_has_its_fingerprint() -> None:
+    first, second, target = (smooth(64) for _ in range(3))
+    records = [
+        EditRecord("e", (png(first), png(second)), png(target), "mix"),
+        PreferenceRecord("p", "x", png(target), png(first), (png(second),)),
+    ]
+    edited, preferred = Fingerprint().score(records)
+    assert edited == {"phash": phash(target), "phash_others": [phash(first), phash(second)]}
+    assert preferred == {"phash": phash(target), "phash_others": [phash(second), phash(first)]}
 
 
 def bits(a: int, b: int) -> int:
@@ -173,6 +186,19 @@ def test_ratings_and_consistency_by_hand() -> None:
     assert row["distance"] == pytest.approx((10 * 200 + 5 * 3) / 20 / 3)
     assert row["distance_outside"] == pytest.approx(5 * 3 / 9 / 3)  # row 10 touches the change, rows 11 to 19 do not
     assert set(none.values()) == {None}
+
+
+def test_two_scorers_of_a_kind_stand_side_by_side() -> None:
+    model = MeanColour()
+    steps = [
+        *(Consistency(model), Consistency(model, name="features"), Similarity(model), Similarity(model, name="dino")),
+        *(Aesthetic(model), Aesthetic(model, name="style")),
+    ]
+    names = [field.name for field in with_scores(score_columns(steps))]
+    assert {"distance_outside", "features_outside", "clip_image", "dino_image", "aesthetic", "style"} <= set(names)
+    for step in steps:
+        (row,) = step.score([edit(RED, GREEN)])
+        assert set(row) == {field.name for field in step.columns()}
 
 
 STEPS = [
