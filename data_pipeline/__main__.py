@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor, summary
 from data_pipeline.executors.local import Local
 from data_pipeline.executors.on_ray import Ray
-from data_pipeline.index import SUFFIX
+from data_pipeline.index import KEEP, SUFFIX
 from data_pipeline.inspect import inspect
 from data_pipeline.recipe import load_recipe, load_scoring, load_selection, share_of_rejected
 from data_pipeline.score import score
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     index.add_argument("tars", nargs="+", help="tars, folders of tars or URLs; {0000..0009} stands for a range")
     index.add_argument("--output", required=True, type=Path, help="a folder for the indexes")
     choose = command("select", "decides which records to train on; rules go as --rules.NAME VALUE")
-    choose.add_argument("folder", type=Path, help="a folder of shards or indexes")
+    choose.add_argument("folders", nargs="+", type=Path, help="folders of shards or indexes, compared with each other")
     choose.add_argument("-c", "--config", type=Path, help="rules, such as configs/data/select_edit.yaml")
     check = command("lint", "names every defect of tars, ours or by others")
     check.add_argument("folder", type=Path, help="a tar or a folder of tars")
@@ -110,9 +110,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             print(foreign.index(arguments.tars, arguments.output, arguments.layout, arguments.columns))
             print(f"indexes in {arguments.output}; look: python -m data_pipeline inspect {arguments.output}")
         case "select":
-            print(f"selecting from {arguments.folder} by its indexes")
-            funnel = select(arguments.folder, load_selection(arguments.config, rest))
-            print(f"{report(funnel)}\nkept records in {arguments.folder / 'keep.parquet'}, which training honours")
+            rules, named = load_selection(arguments.config, rest), " ".join(map(str, arguments.folders))
+            print(f"selecting from {named} by {rules}")
+            print(report(select(arguments.folders, rules)))
+            print(f"kept records in {KEEP} of {named}, which training honours")
         case "lint":
             print(f"reading every byte of the tars of {arguments.folder}")
             return lint.main(arguments.folder, arguments.layout, arguments.columns)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 
+from data_pipeline.errors import InputError
 from data_pipeline.executors.task import score_columns
 from data_pipeline.index import with_scores
 from data_pipeline.records import EditRecord, EncodedImage, PreferenceRecord, PromptRecord, Record, TextImageRecord
 from data_pipeline.steps.fingerprints import Fingerprint, phash
+from data_pipeline.steps.metadata import Metadata
 from data_pipeline.steps.pixels import pixels
 from data_pipeline.steps.quality import Change, Quality, change_mask, entropy, sharpness
 from data_pipeline.steps.similarity import Aesthetic, Consistency, Similarity
@@ -38,7 +41,7 @@ def flat(value: Sequence[int], height: int = 20, width: int = 10) -> np.ndarray:
     return np.broadcast_to(np.array(value, np.uint8), (height, width, 3))
 
 
-def edit(source: np.ndarray, target: np.ndarray, **metadata: str) -> EditRecord:
+def edit(source: np.ndarray, target: np.ndarray, **metadata: Any) -> EditRecord:
     return EditRecord("e", (png(source),), png(target), "do it", metadata=metadata)
 
 
@@ -188,6 +191,17 @@ def test_ratings_and_consistency_by_hand() -> None:
     assert set(none.values()) == {None}
 
 
+def test_metadata_becomes_columns_of_its_kind() -> None:
+    step = Metadata({"task": "text", "o_score": "number"})
+    facts: list[dict[str, Any]] = [{"task": "swap", "o_score": "8.5"}, {"task": 3, "o_score": 9}, {}]
+    records = [edit(RED, GREEN, **each) for each in facts]
+    assert [tuple(row.values()) for row in step.score(records)] == [("swap", 8.5), ("3", 9.0), (None, None)]
+    odd = edit(RED, GREEN, task=["a"], o_score="nan")
+    assert [tuple(row.values()) for row in step.score([odd])] == [(None, None)]
+    with pytest.raises(InputError, match="names of metadata"):
+        Metadata({"a task": "text"})
+
+
 def test_two_scorers_of_a_kind_stand_side_by_side() -> None:
     model = MeanColour()
     steps = [
@@ -208,6 +222,7 @@ STEPS = [
     Similarity(MeanColour()),
     Aesthetic(MeanColour()),
     Consistency(MeanColour()),
+    Metadata({"task": "text"}),
 ]
 
 
