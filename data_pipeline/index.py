@@ -134,19 +134,26 @@ def sidecars(folder: Path) -> list[Path]:
         return indexes
     if not shards:
         raise InputError(f"{folder} holds no shards (*.tar); {remedy}")
-    if (folder / "recipe.json").is_file() and not (folder / MANIFEST).is_file():
-        raise InputError(f"{folder} holds an unfinished build; run the same build command again, it goes on")
-    if (folder / MANIFEST).is_file():
-        check_built(folder, {shard.name for shard in shards})
+    check_built(folder, {shard.name for shard in shards})
     for shard in shards:
         if not sidecar(shard).is_file():
             raise InputError(f"{shard} has no index {sidecar(shard).name} beside it; build the shards again")
     return [sidecar(shard) for shard in shards]
 
 
+def built_shards(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What a build says of each shard; None where there was none, an InputError where it is unfinished."""
+    if (folder / MANIFEST).is_file():
+        return {str(shard["name"]): shard for shard in read_manifest(folder)["shards"]}
+    if (folder / "recipe.json").is_file():
+        raise InputError(f"{folder} holds an unfinished build; run the same build command again, it goes on")
+    return None
+
+
 def check_built(folder: Path, found: set[str]) -> None:
     """Compares the tars of a folder with those of its build: what an interrupted one left must not be trained on."""
-    built = {str(shard["name"]) for shard in read_manifest(folder)["shards"]}
+    shards = built_shards(folder)
+    built = found if shards is None else set(shards)
     if strangers := sorted(found - built):
         raise InputError(
             f"{folder / strangers[0]} is none of the {len(built)} shards in {MANIFEST}; remove it, or move it to "
