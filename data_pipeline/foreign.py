@@ -26,7 +26,7 @@ from xxhash import xxh3_64_intdigest
 
 from data_pipeline import remote
 from data_pipeline.errors import InputError
-from data_pipeline.headers import Ranges, Refused, upright_size
+from data_pipeline.headers import Ranges, Refused, size_by_ranges
 from data_pipeline.index import LOCATION, PROMPTS, SUFFIX, sample_id, with_scores
 from data_pipeline.progress import progress
 from data_pipeline.records import EncodedImage, Record, Rejected, slug
@@ -222,7 +222,7 @@ def text_of(file: Ranges, member: TarMember) -> bytes:
 
 def picture_of(file: Ranges, member: TarMember) -> tuple[int, int]:
     """Width and height of a picture member, within the limits of building."""
-    size = upright_size(file, member.offset, member.size)
+    size = size_by_ranges(file, member.offset, member.size)
     if refused := LIMITS.refused_size(*size):
         raise Refused(*refused)
     return size

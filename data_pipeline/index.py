@@ -217,10 +217,10 @@ def records_in(path: Path) -> Iterator[IndexedRecord]:
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is damaged, build the shards again: {error}") from error
     facts = table.schema.metadata or {}
-    yield from grouped(table.to_pylist(), shard_of(path, facts), place_of(facts))
+    yield from records_of(table.to_pylist(), shard_of(path, facts), place_of(facts))
 
 
-def grouped(rows: Iterable[Mapping[str, Any]], shard: Path | str, place: str) -> Iterator[IndexedRecord]:
+def records_of(rows: Iterable[Mapping[str, Any]], shard: Path | str, place: str) -> Iterator[IndexedRecord]:
     """Rows of a sidecar as records; members of a record are adjacent."""
     current: IndexedRecord | None = None
     for row in rows:

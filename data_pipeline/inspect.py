@@ -26,10 +26,10 @@ from data_pipeline.index import (
     MANIFEST,
     SCHEMA,
     IndexedRecord,
-    grouped,
     place_of,
     read_manifest,
     read_member,
+    records_of,
     shard_of,
     sidecars,
 )
@@ -222,7 +222,7 @@ def load(index: Index, numbers: np.ndarray) -> dict[int, IndexedRecord]:
         for i in numbers[index.file[numbers] == file].tolist():
             start = index.row[i]
             rows = table.slice(start, ends[np.searchsorted(ends, start) + 1] - start).to_pylist()
-            (found[i],) = grouped(rows, shard, place)
+            (found[i],) = records_of(rows, shard, place)
     return found
 
 

@@ -99,8 +99,8 @@ def select(folders: Path | Sequence[Path], rules: Selection) -> list[tuple[str, 
 
     def narrow(rule: str, keep: np.ndarray) -> None:
         nonlocal table
-        before, table = counted(table, len(named)), table.filter(pa.array(keep))
-        for funnel, *counts in zip(funnels, before, counted(table, len(named)), strict=True):
+        before, table = per_folder(table, len(named)), table.filter(pa.array(keep))
+        for funnel, *counts in zip(funnels, before, per_folder(table, len(named)), strict=True):
             funnel.append((rule, counts[0], counts[1]))
 
     for condition in rules.where:
@@ -133,7 +133,7 @@ def labelled(condition: str, listed: Listed) -> str:
     return condition + (f" (no such column in {', '.join(map(str, lacking))})" if lacking else "")
 
 
-def counted(table: pa.Table, folders: int) -> list[int]:
+def per_folder(table: pa.Table, folders: int) -> list[int]:
     """Rows of each folder."""
     return np.bincount(table["folder"].to_numpy(), minlength=folders).tolist()
 
