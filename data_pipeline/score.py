@@ -16,7 +16,16 @@ from filelock import FileLock, Timeout
 from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor
 from data_pipeline.executors.task import EXAMPLES, ScoreStep, batched, score_columns
-from data_pipeline.index import TEXT_FIELDS, IndexedRecord, read_member, read_prompt, records_in, sidecars, with_scores
+from data_pipeline.index import (
+    SUFFIX,
+    TEXT_FIELDS,
+    IndexedRecord,
+    read_member,
+    read_prompt,
+    records_in,
+    sidecars,
+    with_scores,
+)
 from data_pipeline.progress import progress
 from data_pipeline.records import EncodedImage, Record, Rejected, record_from
 from data_pipeline.shards import Scored, atomic_write
@@ -33,10 +42,13 @@ def score(folder: Path, steps: Sequence[ScoreStep], executor: Executor) -> str:
     the same scorer and revision are kept, those of another are replaced, all others stay as they are. A record that
     does not decode has null scores.
     """
+    folder = Path(folder).resolve()  # workers may be elsewhere
     listed = sidecars(folder)
     with_scores(score_columns(steps))  # a column named twice is refused before anything is read
     try:
-        with FileLock(Path(folder) / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=0):
+            for leftover in folder.glob(f".*{SUFFIX}.*.tmp"):  # of workers that were killed
+                leftover.unlink()
             tasks = [path for path in listed if missing(pq.read_schema(path), steps)]
             reports = executor.run(tasks, partial(score_shard, steps=steps))
             found = list(progress(reports, len(tasks), "shards"))

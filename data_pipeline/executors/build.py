@@ -69,7 +69,8 @@ def build(
                     budget.spend(report)
                 else:
                     missing.append(task)
-            reports = executor.run(missing, partial(run_task, source=source, steps=steps, output=output))
+            work = partial(run_task, source=source, steps=steps, output=output.resolve())  # workers may be elsewhere
+            reports = executor.run(missing, work)
             budget.check(output, tasks)
             for report in progress(reports, len(missing), "tasks"):
                 budget.spend(report)

@@ -69,7 +69,9 @@ def test_what_was_scored_before_is_kept_and_another_revision_replaces_it(tmp_pat
     lost = sorted(folder.glob(f"*{SUFFIX}"))[1]
     pq.write_table(pq.read_table(lost).drop(["changed"]), lost)  # as of a run that was stopped before this shard
     before = times(folder)
+    (folder / f".{lost.name}.123.tmp").touch()
     score(folder, [Change(threshold=90)], Local())
+    assert not list(folder.glob(".*.tmp"))
     assert {name for name, time in times(folder).items() if time != before[name]} == {lost.name}
 
 
