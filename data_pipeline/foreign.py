@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -26,18 +26,19 @@ from xxhash import xxh3_64_intdigest
 
 from data_pipeline import remote
 from data_pipeline.errors import InputError
-from data_pipeline.headers import Ranges, Refused, upright_size
-from data_pipeline.index import LOCATION, SUFFIX, sample_id, with_scores
+from data_pipeline.headers import Ranges, Refused, size_by_ranges
+from data_pipeline.index import LOCATION, PROMPTS, SUFFIX, sample_id, with_scores
 from data_pipeline.progress import progress
-from data_pipeline.records import EncodedImage, Record, Rejected, TextImageRecord, slug
+from data_pipeline.records import EncodedImage, Record, Rejected, slug
 from data_pipeline.shards import about, atomic_write
 from data_pipeline.sources.folder import extension_of
-from data_pipeline.sources.webdataset import MAX_TEXT, TEXTS, json_member, own_record, storable
+from data_pipeline.sources.layouts import Columns, columns_of
+from data_pipeline.sources.webdataset import MAX_TEXT, TEXTS, json_member, own_record, sample_draft, storable
 from data_pipeline.steps.decode import Decode
 from data_pipeline.steps.quality import Quality
 from data_pipeline.tars import Defect, Sample, TarMember, samples, scan
 
-VERSION = "2"  # of what an index holds: another one is made again
+VERSION = "3"  # of what an index holds: another one is made again
 LEDGER = ".ledger.json"
 THREADS = 16  # tars at a time: reading by ranges is waiting
 MAX_TARS = 1_000_000
@@ -51,7 +52,9 @@ Found = (
 Row = dict[str, Any]
 
 
-def index(tars: Sequence[str], output: Path) -> str:
+def index(
+    tars: Sequence[str], output: Path, layout: str = "text_image", columns: Mapping[str, str | list[str]] | None = None
+) -> str:
     """Writes an index and a ledger of what is wrong for each tar into `output`; returns the counts as text.
 
     A tar that was indexed before and has not changed is not read again.
@@ -59,14 +62,17 @@ def index(tars: Sequence[str], output: Path) -> str:
     Args:
         tars: tars, folders of tars, or URLs of tars; `{0000..0099}` stands for all numbers of a range.
         output: a folder of its own for the indexes.
+        layout, columns: what a sample by others is, as of data_pipeline.sources.WebDataset.
     """
+    reader = partial(index_tar, Path(output), layout, dict(columns or {}))
+    columns_of(layout, columns or {})  # refused before anything is read
     locations, output = expanded(tars), Path(output)
     if output.exists() and (not output.is_dir() or any(output.glob("*.tar"))):
         raise InputError(f"{output} is a file or holds shards; choose a new folder for the indexes")
     output.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, of large pictures and odd headers: our own limits decide
-        return summary(list(progress(pool.map(partial(index_tar, output), locations), len(locations), "tars")), output)
+        return summary(list(progress(pool.map(reader, locations), len(locations), "tars")), output)
 
 
 def expanded(tars: Iterable[str]) -> list[str]:
@@ -106,10 +112,11 @@ def numbered(name: str) -> list[str]:
     return names
 
 
-def index_tar(output: Path, location: str) -> dict[str, Any]:
+def index_tar(output: Path, layout: str, columns: dict[str, str | list[str]], location: str) -> dict[str, Any]:
     """Indexes one tar, unless it is known; returns its ledger, with `known` set if it is."""
     size, stamp = remote.stat(location) if remote.is_url(location) else stat(Path(location))
     source = {"version": VERSION, "location": location, "bytes": str(size), "stamp": stamp}
+    source |= {"layout": layout, "columns": json.dumps(columns, sort_keys=True)}
     name = f"{slug(Path(location).stem)[:40]}-{hashlib.sha256(location.encode()).hexdigest()[:12]}".lstrip("-")
     path, ledger_path = output / f"{name}{SUFFIX}", output / f"{name}{LEDGER}"
     if path.is_file() and (ledger := read_ledger(ledger_path)).get("source") == source:
@@ -118,7 +125,7 @@ def index_tar(output: Path, location: str) -> dict[str, Any]:
     rejected: list[Rejected] = []
     left_out: Counter[str] = Counter()
     with closing(Ranges(fetcher(location), size)) as file:
-        for item in read_tar(file, size, location, left_out):
+        for item in read_tar(file, size, location, columns_of(layout, columns), left_out):
             if isinstance(item, Rejected):
                 rejected.append(item)
             else:
@@ -168,15 +175,18 @@ def fetcher(location: str) -> Callable[[int, int], bytes]:
     return lambda start, end: os.pread(file.fileno(), end - start, start)
 
 
-def read_tar(file: Ranges, size: int, location: str, left_out: Counter[str]) -> Iterator[list[Row] | Rejected]:
+def read_tar(
+    file: Ranges, size: int, location: str, columns: Columns, left_out: Counter[str]
+) -> Iterator[list[Row] | Rejected]:
     """The rows of each record of a tar, and everything that makes none; counts members that no record has use for."""
     found: dict[int, Found] = {}
-    for item in samples(looked_into(scan(cast(BinaryIO, file), size), file, found)):
+    texts = {*TEXTS, "json", *(name for names in columns.named.values() for name in names)}
+    for item in samples(looked_into(scan(cast(BinaryIO, file), size), file, texts, found)):
         if isinstance(item, Defect):
             yield Rejected(f"byte-{item.offset}", item.reason, item.detail)
             continue
         try:
-            record, fields = described(item, found, location)
+            record, fields = described(item, found, location, columns)
         except Refused as refused:
             yield Rejected(item.key, refused.reason, f"sample {item.key!r}: {refused.detail}")
         except KeyError as error:
@@ -189,12 +199,12 @@ def read_tar(file: Ranges, size: int, location: str, left_out: Counter[str]) -> 
 
 
 def looked_into(
-    items: Iterable[TarMember | Defect], file: Ranges, found: dict[int, Found]
+    items: Iterable[TarMember | Defect], file: Ranges, texts: Container[str], found: dict[int, Found]
 ) -> Iterator[TarMember | Defect]:
     """The items as they pass; what their bytes say is put into `found` by offset while those bytes are at hand."""
     for item in items:
         rest = item.name.rpartition("/")[2].partition(".")[2] if isinstance(item, TarMember) else ""
-        if isinstance(item, TarMember) and (extension_of(rest) or rest in (*TEXTS, "json")):
+        if isinstance(item, TarMember) and (extension_of(rest) or rest in texts):
             try:
                 found[item.offset] = text_of(file, item) if not extension_of(rest) else picture_of(file, item)
             except Refused as refused:
@@ -212,16 +222,18 @@ def text_of(file: Ranges, member: TarMember) -> bytes:
 
 def picture_of(file: Ranges, member: TarMember) -> tuple[int, int]:
     """Width and height of a picture member, within the limits of building."""
-    size = upright_size(file, member.offset, member.size)
+    size = size_by_ranges(file, member.offset, member.size)
     if refused := LIMITS.refused_size(*size):
         raise Refused(*refused)
     return size
 
 
-def described(sample: Sample, found: dict[int, Found], location: str) -> tuple[Record, dict[str, str]]:
+def described(
+    sample: Sample, found: dict[int, Found], location: str, columns: Columns
+) -> tuple[Record, dict[str, str]]:
     """A sample as a record without the bytes of its pictures, and its members by field ("image", "json" or "txt").
 
-    A JSON member of our own says what it is; else one picture with a text is a caption.
+    A JSON member of our own says what it is; else the columns do.
     """
     content: dict[str, bytes] = {}
     for rest, member in sample.members.items():
@@ -235,14 +247,23 @@ def described(sample: Sample, found: dict[int, Found], location: str) -> tuple[R
     if {"kind", "metadata"} <= facts.keys():
         own = checked(own_record(sample.key, facts, pictures))
         return own, {**{rest.rpartition(".")[0]: rest for rest in pictures}, "json": "json"}
-    named = next((member for member in TEXTS if member in content), None)
-    text = content[named].decode("utf-8-sig") if named else next((facts[n] for n in TEXTS if facts.get(n)), None)
-    if not isinstance(text, str) or len(pictures) != 1:
-        raise ValueError(f"expected one picture and one text, got {', '.join(sorted(sample.members))}")
-    licence = next((facts[name] for name in ("licence", "license") if isinstance(facts.get(name), str)), "")
-    ((rest, picture),) = pictures.items()
-    record = TextImageRecord(sample.key, picture, text.strip(), location, licence)
-    return checked(record), {"image": rest, **({"txt": named} if named else {"json": "json"})}
+    said = sample_draft({**content, **dict.fromkeys(pictures, b"")}, facts, columns)
+    record = checked(said.record(sample.key, tuple(pictures[name] for name in said.pictures), location, ""))
+    return record, {**dict(zip(record.images, said.pictures, strict=True)), **text_member(record, content, facts)}
+
+
+def text_member(record: Record, content: Mapping[str, bytes], facts: Mapping[str, Any]) -> dict[str, str]:
+    """The member in which readers find the record's text: one that is the text, or the JSON, by the names they know."""
+    for rest, data in content.items():
+        if rest != "json" and data.decode("utf-8-sig", "replace").strip() == record.prompt:
+            return {"txt": rest}
+    known = next((facts[name] for name in PROMPTS if facts.get(name)), None)
+    if not isinstance(known, str) or known.strip() != record.prompt:
+        raise ValueError(
+            f"its text is read where it lies from a member of its own, or from {', '.join(PROMPTS)} in its JSON; for "
+            "others build shards (data_pipeline.sources.WebDataset)"
+        )
+    return {"json": "json"}
 
 
 def checked(record: Record) -> Record:
@@ -271,7 +292,7 @@ def rows_of(
         yield {
             **common,
             "field": field,
-            "extension": extension_of(fields[field]) or fields[field],
+            "extension": extension_of(fields[field]) or fields[field].rpartition(".")[2],
             "offset": member.offset,
             "size": member.size,
             "width": width,

@@ -77,7 +77,7 @@ class Part(Ranges):
         return data
 
 
-def upright_size(file: Ranges, offset: int, size: int) -> tuple[int, int]:
+def size_by_ranges(file: Ranges, offset: int, size: int) -> tuple[int, int]:
     """(width, height) in pixels of the picture at a byte range, turned upright by its orientation.
 
     An orientation behind the pixels of a PNG is not seen. Raises Refused for what no allowed format begins with and for

@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,7 @@ COLUMNS = [
     name for name in SCHEMA.names if name not in ("origin", "licence", "text_length", "text_sha256", "pictures_sha256")
 ]
 KEEP = "keep.parquet"
+MANIFEST = "manifest.json"  # of a finished build
 SUFFIX = ".index.parquet"
 LOCATION = b"location"  # of the tar, in a sidecar's metadata, where it is not beside it: an absolute path or a URL
 TEXT_FIELDS = ("json", "txt")  # every record has one of them, and one row that is its text's
@@ -109,6 +110,19 @@ def sidecar(shard: Path) -> Path:
     return shard.with_suffix(SUFFIX)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a build."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        absent = sorted({"recipe", "kept", "rejected", "examples", "shards"} - set(found))
+        if absent:
+            raise ValueError(f"it has no {', '.join(absent)}")
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the manifest of a build: {error}; choose another folder") from error
+    return found
+
+
 def sidecars(folder: Path) -> list[Path]:
     """The index files of a folder of finished shards, or of a folder of indexes of tars elsewhere, in stored order."""
     folder = Path(folder)
@@ -120,18 +134,39 @@ def sidecars(folder: Path) -> list[Path]:
         return indexes
     if not shards:
         raise InputError(f"{folder} holds no shards (*.tar); {remedy}")
-    if (folder / "recipe.json").is_file() and not (folder / "manifest.json").is_file():
-        raise InputError(f"{folder} holds an unfinished build; run the same build command again, it goes on")
+    check_built(folder, {shard.name for shard in shards})
     for shard in shards:
         if not sidecar(shard).is_file():
             raise InputError(f"{shard} has no index {sidecar(shard).name} beside it; build the shards again")
     return [sidecar(shard) for shard in shards]
 
 
+def built_shards(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What a build says of each shard; None where there was none, an InputError where it is unfinished."""
+    if (folder / MANIFEST).is_file():
+        return {str(shard["name"]): shard for shard in read_manifest(folder)["shards"]}
+    if (folder / "recipe.json").is_file():
+        raise InputError(f"{folder} holds an unfinished build; run the same build command again, it goes on")
+    return None
+
+
+def check_built(folder: Path, found: set[str]) -> None:
+    """Compares the tars of a folder with those of its build: what an interrupted one left must not be trained on."""
+    shards = built_shards(folder)
+    built = found if shards is None else set(shards)
+    if strangers := sorted(found - built):
+        raise InputError(
+            f"{folder / strangers[0]} is none of the {len(built)} shards in {MANIFEST}; remove it, or move it to "
+            "a folder of its own"
+        )
+    if missing := sorted(built - found):
+        raise InputError(f"{folder / missing[0]} is missing, {MANIFEST} names it; build the shards again")
+
+
 def load_index(folder: Path) -> list[IndexedRecord]:
     """The selected records of a folder of shards, in stored order; all where nothing was selected."""
     folder = Path(folder)
-    records = [record for path in sidecars(folder) for record in _grouped(path)]
+    records = [record for path in sidecars(folder) for record in records_in(path)]
     kept = kept_ids(folder)
     return records if kept is None else [record for record in records if record.sample_id in kept]
 
@@ -175,17 +210,20 @@ def named(sha256: bytes | None, place: str, offset: int) -> str:
     return sha256.hex() if sha256 else f"at-{place}-{offset}"
 
 
-def _grouped(path: Path) -> Iterable[IndexedRecord]:
-    """Rows of one sidecar to records; members of a record are adjacent."""
-    current: IndexedRecord | None = None
+def records_in(path: Path) -> Iterator[IndexedRecord]:
+    """The records of one sidecar, in stored order."""
     try:
         table = pq.read_table(path, columns=COLUMNS)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is damaged, build the shards again: {error}") from error
     facts = table.schema.metadata or {}
-    shard = shard_of(path, facts)
-    place = place_of(facts)
-    for row in table.to_pylist():
+    yield from records_of(table.to_pylist(), shard_of(path, facts), place_of(facts))
+
+
+def records_of(rows: Iterable[Mapping[str, Any]], shard: Path | str, place: str) -> Iterator[IndexedRecord]:
+    """Rows of a sidecar as records; members of a record are adjacent."""
+    current: IndexedRecord | None = None
+    for row in rows:
         if current is None or current.key != row["key"]:
             if current is not None:
                 yield current

@@ -8,7 +8,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from PIL import Image
 
 from data_pipeline.charts import Histogram, chart, histogram
 from data_pipeline.errors import InputError
-from data_pipeline.index import COLUMNS, KEEP, SCHEMA, IndexedRecord, Member, read_member, shard_of, sidecars
+from data_pipeline.index import KEEP, MANIFEST, IndexedRecord, read_manifest, read_member, sidecars
+from data_pipeline.index_columns import PICTURES, PLAIN, Index, load, read_index
 from data_pipeline.progress import progress
 from data_pipeline.records import EncodedImage
 from data_pipeline.report import Categories, Figure, Picture, Report, Stage, render
-from data_pipeline.shards import MANIFEST, atomic_write, read_manifest, upright_size
-from data_pipeline.sources.folder import EXTENSIONS
+from data_pipeline.shards import atomic_write, upright_size
 from data_pipeline.sources.webdataset import MAX_TEXT, TEXTS
 from data_pipeline.steps.decode import Decode
 from data_pipeline.steps.pixels import pixels
@@ -34,30 +33,7 @@ THUMBNAIL = 384  # pixels of the longer side, enough to look at it enlarged
 TINY = 128  # pixels up to which a picture is kept exactly
 SAMPLE = 256  # records whose metadata is counted, which only the tars hold: shares to within a few percent
 EXACT = 2**53  # integers beyond it are fingerprints, not quantities
-PLAIN = ("kind", "split", "origin", "licence")
-IDENTITY = ("key", "kind", "split", "sample_id")  # columns that are fields of an IndexedRecord
-PLACE = ("offset", "size", "width", "height", "extension")  # and of a Member
-PICTURES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 LIMITS = Decode(min_side=1)
-
-
-@dataclass(frozen=True)
-class Index:
-    """The sidecars as columns.
-
-    Of R records: `table` (PLAIN, sample_id, text_length and scores), `file`, the number of the sidecar, and `row`, the
-    first in it. Of P pictures: `owner`, the number of the record, `width` and `height`, 0 where unknown.
-    """
-
-    listed: Sequence[Path]
-    table: pa.Table
-    file: np.ndarray
-    row: np.ndarray
-    owner: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-    size: int
-    scorers: dict[str, str]
 
 
 def inspect(folder: Path, limit: int = 48) -> str:
@@ -119,55 +95,6 @@ def stages(manifest: dict[str, Any]) -> list[Stage]:
     return found
 
 
-def read_index(listed: Sequence[Path]) -> Index:
-    """All sidecars, column by column: no object is made for a record."""
-    parts: list[pa.Table] = []
-    first: list[np.ndarray] = []
-    pictures: list[tuple[np.ndarray, ...]] = []
-    scorers: dict[str, set[str]] = {}
-    records = size = 0
-    for path in progress(listed, len(listed), "indexes"):
-        rows, schema = read_sidecar(path)
-        for field in schema:
-            if field.name not in SCHEMA.names:
-                named = [
-                    (field.metadata or {}).get(key, b"").decode(errors="replace") for key in (b"scorer", b"revision")
-                ]
-                scorers.setdefault(field.name, set()).add(" ".join(filter(None, named)) or "no scorer named")
-        ids = rows["sample_id"].to_numpy()
-        begins = np.ones(len(ids), bool)
-        begins[1:] = ids[1:] != ids[:-1]  # members of a record are adjacent
-        drawn = pc.is_in(pc.utf8_lower(rows["extension"]), pa.array(PICTURES)).to_numpy()
-        sides = (pc.fill_null(rows[name], 0).to_numpy()[drawn] for name in ("width", "height"))
-        pictures.append(((records + np.cumsum(begins) - 1)[drawn], *sides))
-        parts.append(rows.filter(pa.array(begins)).drop(["extension", "size", "width", "height"]))
-        first.append(np.flatnonzero(begins))
-        records += len(first[-1])
-        size += pc.sum(rows["size"]).as_py() or 0
-    try:
-        table = pa.concat_tables(parts, promote_options="permissive").unify_dictionaries()
-    except pa.ArrowException as error:
-        raise InputError(f"the indexes of {listed[0].parent} do not fit together: {error}; build again") from error
-    file = np.repeat(np.arange(len(first)), [len(rows) for rows in first])
-    owner, width, height = (np.concatenate(column) for column in zip(*pictures, strict=True))
-    named_by = {name: "; ".join(sorted(found)) for name, found in scorers.items()}
-    return Index(listed, table, file, np.concatenate(first), owner, width, height, size, named_by)
-
-
-def read_sidecar(path: Path) -> tuple[pa.Table, pa.Schema]:
-    """A sidecar's rows without what only a reader of the tar needs, repeated texts as numbers; and its schema."""
-    unneeded = {"key", "text_sha256", "pictures_sha256", "field", "offset", "sha256"}
-    try:
-        schema = pq.read_schema(path)
-        if absent := set(SCHEMA.names) - set(schema.names):
-            raise InputError(f"{path} is no index, it has no {', '.join(sorted(absent))}; build the shards again")
-        wanted = [name for name in schema.names if name not in unneeded]
-        rows = pq.read_table(path, columns=wanted, read_dictionary=list(PLAIN))
-        return rows.cast(pa.schema([field.remove_metadata() for field in rows.schema])), schema
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged, build the shards again: {error}") from error
-
-
 def read_selection(folder: Path, index: Index) -> tuple[np.ndarray | None, list[Stage]]:
     """Which records a selection kept, (R,) bool, and how many each rule left; None where nothing was selected."""
     path = folder / KEEP
@@ -197,26 +124,6 @@ def spread(index: Index, kept: np.ndarray | None, limit: int) -> np.ndarray:
         chosen.append(own[evenly(min(len(own), limit // (len(members) - done)), len(own))])
         limit -= len(chosen[-1])
     return np.sort(np.concatenate(chosen))
-
-
-def load(index: Index, numbers: np.ndarray) -> dict[int, IndexedRecord]:
-    """Records by number, and no others."""
-    found: dict[int, IndexedRecord] = {}
-    files = np.unique(index.file[numbers]).tolist()
-    for file in progress(files, len(files), "shards"):
-        path = index.listed[file]
-        table = pq.read_table(path, columns=COLUMNS)
-        shard = shard_of(path, table.schema.metadata or {})
-        ends = np.append(index.row[index.file == file], table.num_rows)
-        for i in numbers[index.file[numbers] == file].tolist():
-            start = index.row[i]
-            rows = table.slice(start, ends[np.searchsorted(ends, start) + 1] - start).to_pylist()
-            members = {
-                row["field"]: Member(**{name: row[name] for name in PLACE}, sha256=(row["sha256"] or b"").hex())
-                for row in rows
-            }
-            found[i] = IndexedRecord(shard, **{name: rows[0][name] for name in IDENTITY}, members=members)
-    return found
 
 
 def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
@@ -280,7 +187,8 @@ def column_histogram(index: Index, name: str, detail: str, kept: np.ndarray | No
         values = present.to_numpy()
         if values.dtype.kind == "f" or not values.size or max(-int(values.min()), int(values.max())) < EXACT:
             return histogram(name, detail, values, None if kept is None else kept[column.is_valid().to_numpy()], nulls)
-    return Histogram(name, detail, len(present), nulls, distinct=pc.count_distinct(present).as_py())
+    flat = pc.list_flatten(present) if pa.types.is_list(column.type) else present
+    return Histogram(name, detail, len(flat), nulls, distinct=pc.count_distinct(flat).as_py())
 
 
 def figure(record: IndexedRecord, row: dict[str, Any], kept: bool | None) -> Figure:
@@ -318,9 +226,8 @@ def texts_of(record: IndexedRecord, facts: dict[str, Any]) -> list[tuple[str, st
     turns = facts.get("turns")
     if isinstance(turns, list):
         return [(str(turn[0]), str(turn[1])) for turn in turns if isinstance(turn, list) and len(turn) == 2]
-    for name, member in record.members.items():
-        if extension(record, name) in TEXTS and member.size <= MAX_TEXT:
-            return [("", verified(record, name).decode("utf-8", "replace").strip())]
+    if "txt" in record.members and record.members["txt"].size <= MAX_TEXT:
+        return [("", verified(record, "txt").decode("utf-8-sig", "replace").strip())]
     names = ("caption", "instruction", "prompt", *TEXTS)
     return [("", str(facts[name])) for name in names if facts.get(name)][:1]
 

@@ -13,9 +13,9 @@ T = TypeVar("T")
 EVERY = 10.0  # seconds between lines of a log
 
 
-def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items, shown as they pass; nothing is shown where there is nothing to wait for."""
-    if total < 2:
+def progress(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:
+    """The items, shown as they pass, also where `total` is unknown; nothing is shown where there is no wait."""
+    if total is not None and total < 2:
         yield from items
     elif sys.stderr.isatty():
         yield from track(items, what, total=total, transient=True)
@@ -25,4 +25,5 @@ def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
             yield item
             if time.monotonic() - shown > EVERY:
                 shown = time.monotonic()
-                print(f"{what} {done}/{total}  {shown - started:.0f} s", file=sys.stderr, flush=True)
+                of = "" if total is None else f"/{total}"
+                print(f"{what} {done}{of}  {shown - started:.0f} s", file=sys.stderr, flush=True)

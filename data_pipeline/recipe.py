@@ -71,10 +71,33 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = read_yaml(path)
     if not isinstance(content, dict) or set(content) - set(FIELDS) or "source" not in content:
         got = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"recipe {path}: expected the fields {', '.join(FIELDS)}, got {got}")
+        score = "; to score shards that are there: python -m data_pipeline score FOLDER -c RECIPE"
+        hint = score if got == ["steps"] else ""
+        raise InputError(f"recipe {path}: expected the fields {', '.join(FIELDS)}, got {got}{hint}")
     source = configured(content["source"], "source", overrides)
     if not hasattr(source, "units"):
         raise InputError(f"recipe {path}: {content['source']['class_path']} is no source; see data_pipeline.sources")
+    steps = load_steps(path, content)
+    size = content.get("records_per_shard", 4096)
+    if type(size) is not int or size < 1:
+        raise InputError(f"recipe {path}: records_per_shard is {size!r}; expected a whole number of at least 1")
+    budget = share_of_rejected(content.get("max_rejected", 1.0), f"recipe {path}: max_rejected")
+    return Recipe(source, steps, size, budget)
+
+
+def load_scoring(path: Path) -> list[ScoreStep]:
+    """The steps of a recipe that score, in their order; the others made records, which are there."""
+    content = read_yaml(path)
+    if not isinstance(content, dict) or set(content) - set(FIELDS):
+        raise InputError(f"recipe {path}: expected the fields {', '.join(FIELDS)}, of which score reads steps")
+    found = [step for step in load_steps(path, content) if isinstance(step, ScoreStep)]
+    if not found:
+        raise InputError(f"recipe {path} has no step that scores; take one as configs/data/score_edit.yaml")
+    return found
+
+
+def load_steps(path: Path, content: dict[str, Any]) -> list[Any]:
+    """The steps of a recipe."""
     listed = content.get("steps") or []
     if not isinstance(listed, list):
         raise InputError(f"recipe {path}: steps is {listed!r}; expected a list, each with a class_path")
@@ -82,13 +105,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for spec, step in zip(listed, steps, strict=True):
         if not (callable(step) or isinstance(step, ScoreStep | BatchStep)):
             raise InputError(f"recipe {path}: {spec['class_path']} is no step; see data_pipeline.steps")
-    size = content.get("records_per_shard", 4096)
-    if type(size) is not int or size < 1:
-        raise InputError(f"recipe {path}: records_per_shard is {size!r}; expected a whole number of at least 1")
-    budget = content.get("max_rejected", 1.0)
-    if type(budget) not in (int, float) or not 0 <= budget <= 1:
-        raise InputError(f"recipe {path}: max_rejected is {budget!r}; expected a share from 0 to 1")
-    return Recipe(source, steps, size, float(budget))
+    return steps
+
+
+def share_of_rejected(value: Any, name: str) -> float:
+    """An error budget, from 0 to 1."""
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}; expected a share from 0 to 1")
+    return float(value)
 
 
 def described(part: Any) -> Any:

@@ -269,9 +269,13 @@ def score(name: str, value: Any, scale: tuple[float, float] | None) -> str:
     if finite(value) is not None and scale is not None:
         place = (value - scale[0]) / ((scale[1] - scale[0]) or 1)
         return f'<div style="--at:{place:.1%}"><dt>{escape(name)}</dt><dd>{number(value)}</dd></div>'
-    fingerprint = isinstance(value, int)  # written as the lists of `select` have it
-    said = f"{value % 2**64:016x}" if fingerprint else "null" if value is None else str(value)
+    said = " ".join(map(stated, value)) if isinstance(value, list) else stated(value)
     return f"<div><dt>{escape(name)}</dt><dd>{escape(said)}</dd></div>"
+
+
+def stated(value: Any) -> str:
+    """A value that is no quantity; a fingerprint as the lists of `select` have it."""
+    return f"{value % 2**64:016x}" if isinstance(value, int) else "null" if value is None else str(value)
 
 
 STYLE = """

@@ -17,11 +17,9 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from xxhash import xxh3_64_intdigest
 
-from data_pipeline.errors import InputError
 from data_pipeline.index import sample_id, sidecar, with_scores
 from data_pipeline.records import KEY_PATTERN, Record, facts
 
-MANIFEST = "manifest.json"
 READABLE = ["PNG", "JPEG", "WEBP"]
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -46,19 +44,6 @@ def atomic_save(path: Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     atomic_write(path, buffer.getvalue())
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a build."""
-    path = folder / MANIFEST
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        absent = sorted({"recipe", "kept", "rejected", "examples", "shards"} - set(found))
-        if absent:
-            raise ValueError(f"it has no {', '.join(absent)}")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not the manifest of a build: {error}; choose another folder") from error
-    return found
 
 
 def upright_size(data: bytes) -> tuple[int, int]:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from data_pipeline.errors import InputError
-from data_pipeline.executors.task import EXAMPLES, Step, Task
-from data_pipeline.index import sidecar
+from data_pipeline.executors.task import EXAMPLES, Step, Task, Work, damage, finished, run_task
+from data_pipeline.index import MANIFEST, read_manifest, sidecar
 from data_pipeline.progress import progress
-from data_pipeline.shards import MANIFEST, atomic_write, read_manifest
+from data_pipeline.shards import atomic_write
 from data_pipeline.sources.protocol import Source
 
 RECIPE = "recipe.json"
 VERSION = 2
+OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.(tar|index\.parquet|task\.json)|\..+\.tmp")  # what tasks write
 BUDGET_AFTER = 1000  # records seen before the share of rejections can stop a build
 
 
 class Executor(Protocol):
     """Where tasks run."""
 
-    def run(
-        self, tasks: Sequence[Task], source: Source, steps: Sequence[Step], output: Path
-    ) -> Iterator[dict[str, Any]]: ...
+    def run(self, tasks: Sequence[Any], work: Work) -> Iterator[dict[str, Any]]:
+        """The reports of all tasks, as they finish. Both are pickled, and a task that was cut off comes again."""
 
 
 def build(
@@ -46,7 +48,8 @@ def build(
     those of an undisturbed one. A finished build of the same recipe is left as it is; other content is never touched.
 
     Args:
-        max_rejected: share of rejected records above which the build stops (after the first thousand).
+        max_rejected: share of rejected records above which the build stops, once it has seen a thousand; those of an
+            interrupted build count.
     """
     output = Path(output)
     recipe = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
@@ -54,17 +57,24 @@ def build(
     if found is not None:
         return {**found, "reused": True}
     fingerprint = json.dumps(recipe, sort_keys=True)
-    tasks = [Task(number, unit, fingerprint) for number, unit in enumerate(source.units(records_per_shard))]
+    units = progress(source.units(records_per_shard), None, "parts of the source")
+    tasks = [Task(number, unit, fingerprint) for number, unit in enumerate(units)]
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
             atomic_write(output / RECIPE, json.dumps(recipe, indent=1, sort_keys=True).encode())
-            missing = [task for task in tasks if not finished(output, task)]
-            seen = rejected = 0
-            for report in progress(executor.run(missing, source, steps, output), len(missing), "tasks"):
-                seen, rejected = seen + report["seen"], rejected + sum(report["rejected"].values())
-                if seen >= BUDGET_AFTER and rejected > max_rejected * seen:
-                    raise InputError(over_budget(output, tasks, rejected, seen, max_rejected))
+            budget, missing = Budget(max_rejected), []
+            for task in tasks:
+                if report := finished(output, task):
+                    budget.spend(report)
+                else:
+                    missing.append(task)
+            work = partial(run_task, source=source, steps=steps, output=output.resolve())  # workers may be elsewhere
+            reports = executor.run(missing, work)
+            budget.check(output, tasks)
+            for report in progress(reports, len(missing), "tasks"):
+                budget.spend(report)
+                budget.check(output, tasks)
             return conclude(output, tasks, recipe)
     except Timeout as error:
         raise InputError(f"--output {output} is being built by another process; wait for it or stop it") from error
@@ -92,34 +102,23 @@ def claimed(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return found
 
 
-def damage(output: Path, shard: dict[str, Any]) -> str:
-    """What is wrong with a finished shard, or nothing; looks at sizes only."""
-    path = output / shard["name"]
-    if not path.is_file() or not sidecar(path).is_file():
-        return f"{path.name} or its index is missing"
-    size = path.stat().st_size
-    return "" if size == shard["bytes"] else f"{path.name} has {size} bytes, expected {shard['bytes']}"
-
-
-def finished(output: Path, task: Task) -> bool:
-    """Whether a task's mark and its whole shard are there."""
-    try:
-        shard = json.loads((output / f"{task.stem}.task.json").read_bytes())["shard"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return shard is None or not damage(output, shard)
-
-
 def conclude(output: Path, tasks: Sequence[Task], recipe: dict[str, Any]) -> dict[str, Any]:
-    """Writes and returns the manifest; removes what killed workers left."""
+    """Writes and returns the manifest, once nothing is left but what it names."""
     manifest = {"version": VERSION, "recipe": recipe, **merged(output, tasks)}
+    remove_leftovers(output, tasks, manifest)
     if not manifest["shards"]:
-        shutil.rmtree(output)  # this build made it, and holds nothing but rejections
-        raise InputError(f"no record survived, nothing was written to {output}. {summary(manifest)}")
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        raise InputError(f"no record survived; {output}/*.task.json say why of each. {summary(manifest)}")
     atomic_write(output / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False).encode())
     return manifest
+
+
+def remove_leftovers(output: Path, tasks: Sequence[Task], manifest: dict[str, Any]) -> None:
+    """Removes what killed workers left, and the shards of tasks whose input has changed since an interrupted build."""
+    tars = [output / shard["name"] for shard in manifest["shards"]]
+    ours = {f"{task.stem}.task.json" for task in tasks} | {path.name for tar in tars for path in (tar, sidecar(tar))}
+    for path in output.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in ours:
+            path.unlink(missing_ok=True)
 
 
 def merged(output: Path, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -147,13 +146,27 @@ def merged(output: Path, tasks: Sequence[Task]) -> dict[str, Any]:
     return {"seen": seen, "stages": stages, **counts, "examples": dict(sorted(examples.items())), "shards": shards}
 
 
-def over_budget(output: Path, tasks: Sequence[Task], rejected: int, seen: int, budget: float) -> str:
-    """Why a build stopped, and what to look at."""
-    return (
-        f"{rejected} of {seen} records were rejected, more than max_rejected {budget:g} allows; finished shards are "
-        f"kept in {output}. Look at the reasons, then mend the input or raise max_rejected:\n"
-        + summary(merged(output, tasks))
-    )
+@dataclass
+class Budget:
+    """How many of the records seen were rejected, against the share that may be."""
+
+    share: float
+    seen: int = 0
+    rejected: int = 0
+
+    def spend(self, report: dict[str, Any]) -> None:
+        """Counts a task's records."""
+        self.seen += report["seen"]
+        self.rejected += sum(report["rejected"].values())
+
+    def check(self, output: Path, tasks: Sequence[Task]) -> None:
+        """Stops a build that rejects too much, and says what to look at."""
+        if self.seen >= BUDGET_AFTER and self.rejected > self.share * self.seen:
+            raise InputError(
+                f"{self.rejected} of {self.seen} records were rejected, more than max_rejected {self.share:g} allows; "
+                f"finished shards are kept in {output}. Look at the reasons, then mend the input or raise "
+                f"--max_rejected:\n{summary(merged(output, tasks))}"
+            )
 
 
 def summary(manifest: dict[str, Any]) -> str:

@@ -13,18 +13,21 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 
 from data_pipeline.errors import InputError
+from data_pipeline.index import sidecar
 from data_pipeline.records import Record, Rejected
 from data_pipeline.shards import Scored, atomic_write, write_shard
 from data_pipeline.sources.protocol import Source, Unit, digest
 
 EXAMPLES = 5  # rejections of a reason that a report quotes
 Item = Scored | Rejected
+Work = Callable[[Any], dict[str, Any]]  # what an executor does with each task
 
 
 class MapStep(Protocol):
     """Judges or changes one record."""
 
-    def __call__(self, record: Record) -> Record | Rejected: ...
+    def __call__(self, record: Record) -> Record | Rejected:
+        """The record, itself or changed, or why it goes no further."""
 
 
 @runtime_checkable
@@ -33,9 +36,11 @@ class ScoreStep(Protocol):
 
     batch_size: int
 
-    def columns(self) -> list[pa.Field]: ...
+    def columns(self) -> list[pa.Field]:
+        """Names and types, with the scorer's id and revision as metadata."""
 
-    def score(self, records: Sequence[Record]) -> list[Mapping[str, Any]]: ...
+    def score(self, records: Sequence[Record]) -> list[Mapping[str, Any]]:
+        """A value for every column of each record; None where nothing can be measured."""
 
 
 @runtime_checkable
@@ -44,7 +49,8 @@ class BatchStep(Protocol):
 
     batch_size: int
 
-    def rewrite(self, records: Sequence[Record]) -> list[Record | Rejected]: ...
+    def rewrite(self, records: Sequence[Record]) -> list[Record | Rejected]:
+        """Each record, itself or changed, or why it goes no further."""
 
 
 Step = MapStep | ScoreStep | BatchStep
@@ -62,6 +68,9 @@ class Task:
     def stem(self) -> str:
         """The name of all its files, in the source's order."""
         return f"{self.number:06d}-{digest(self.recipe, self.unit.content, self.unit.where)[:12]}"
+
+    def __str__(self) -> str:
+        return self.unit.name
 
 
 @dataclass
@@ -90,11 +99,33 @@ class Funnel:
                 yield item
 
 
+def damage(output: Path, shard: dict[str, Any]) -> str:
+    """What is wrong with a finished shard, or nothing; looks at sizes only."""
+    path = output / shard["name"]
+    if not path.is_file() or not sidecar(path).is_file():
+        return f"{path.name} or its index is missing"
+    size = path.stat().st_size
+    return "" if size == shard["bytes"] else f"{path.name} has {size} bytes, expected {shard['bytes']}"
+
+
+def finished(output: Path, task: Task) -> dict[str, Any] | None:
+    """A task's report, if its mark and its whole shard are there."""
+    try:
+        report = json.loads((output / f"{task.stem}.task.json").read_bytes())
+        shard = report["shard"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return report if shard is None or not damage(output, shard) else None
+
+
 def run_task(task: Task, source: Source, steps: Sequence[Step], output: Path) -> dict[str, Any]:
     """Reads the unit, applies the steps, writes OUTPUT/<stem>.tar with its index and, last of all, <stem>.task.json.
 
-    The task file is the mark that the task is finished; it holds the funnel's counts and the ledger of rejections.
+    The task file is the mark that the task is finished; it holds the funnel's counts and the ledger of rejections. A
+    task that is finished is not done again: its report may have been lost with the worker that made it.
     """
+    if report := finished(output, task):
+        return report
     names = [f"{type(step).__name__} {number}" for number, step in enumerate(steps, 1)]
     funnel = Funnel(["source", *names])
     kinds: Counter[str] = Counter()

@@ -9,6 +9,7 @@ import re
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -33,7 +34,7 @@ PADDING = 1 << 20  # bytes that any tar may hold beyond: its zeros shrink to not
 class Parts(io.RawIOBase):
     """Files one behind the other, read as one; one of them is open at a time."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self.ends = list(accumulate(path.stat().st_size for path in paths))
         self.position = 0
@@ -130,7 +131,7 @@ class Archives:
         if size > MAX_BYTES:
             return "file_too_large", f"{shown}: {size} bytes, at most {MAX_BYTES}"
         try:
-            file = opened(self, archive, os.getpid())
+            file = opened(self, archive, located(self).parts[archive], os.getpid())
             file.seek(offset)
             data = file.read(size)
         except OSError as error:
@@ -145,10 +146,12 @@ Place = tuple[str, int, int]  # archive, offset, size
 
 @dataclass(frozen=True)
 class Directory:
-    """Members by their paths from the end ("c.png/b/a/"), sorted: those with the same end of a path are neighbours."""
+    """Members by their paths from the end ("c.png/b/a/"), sorted: those with the same end of a path are neighbours; and
+    the parts of each archive."""
 
     paths: list[str]
     places: list[Place]
+    parts: dict[str, tuple[Path, ...]]
 
     def find(self, name: str) -> list[Place]:
         """The members of a path; if there are none, those whose path ends in it."""
@@ -167,19 +170,19 @@ def backwards(name: str) -> str:
 def located(archives: Archives) -> Directory:
     """The members of all archives, by their headers alone."""
     found: list[tuple[str, Place]] = []
-    for archive in grouped(Path(archives.folder)):
-        file = opened(archives, archive, os.getpid())
+    parts = {name: tuple(paths) for name, paths in grouped(Path(archives.folder)).items()}
+    for archive, paths in parts.items():
+        file = opened(archives, archive, paths, os.getpid())
         for member in scan(file, file.seek(0, os.SEEK_END)):
             if isinstance(member, TarMember) and safe_name(member.name):  # what is lost is named where it is asked for
                 found.append((backwards(member.name), (archive, member.offset, member.size)))
     found.sort()
-    return Directory([path for path, _ in found], [place for _, place in found])
+    return Directory([path for path, _ in found], [place for _, place in found], parts)
 
 
 @lru_cache(maxsize=64)
-def opened(archives: Archives, archive: str, process: int) -> BinaryIO:
+def opened(archives: Archives, archive: str, parts: tuple[Path, ...], process: int) -> BinaryIO:
     """An archive as one seekable file; `process` keeps a forked worker from sharing a position."""
-    parts = grouped(Path(archives.folder))[archive]
     file: BinaryIO = io.BufferedReader(Parts(parts))
     if not archive.endswith("gz"):
         return file

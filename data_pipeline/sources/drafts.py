@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_pipeline.records import (
@@ -18,9 +18,10 @@ from data_pipeline.records import (
     TextImageRecord,
 )
 from data_pipeline.sources.conversations import RowError, Turns, conversation, marked
-from data_pipeline.sources.layouts import Columns
+from data_pipeline.sources.layouts import PROVENANCE, Columns
 
 MAX_FACT = 4000  # characters of JSON of a column that is carried along as metadata
+SPLITS = {"": "", "train": "train", "val": "val", "validation": "val"}
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Draft:
     pictures: tuple[Any, ...] = ()
     turns: Turns = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+    origin: str = ""
+    split: str = ""
 
     def record(self, key: str, images: tuple[EncodedImage, ...], origin: str, licence: str, **facts: Any) -> Record:
-        """The record, with its pictures read."""
-        common = (origin, licence, "", {**self.metadata, **facts})
+        """The record, with its pictures read; origin and licence are for rows that state none."""
+        common = (self.origin or origin, self.licence or licence, self.split, {**self.metadata, **facts})
         match self.kind:
             case "edit":
                 return EditRecord(key, images[:-1], images[-1], self.text, *common)
@@ -56,12 +60,30 @@ def sessions(row: Mapping[str, Any], columns: Columns) -> list[Mapping[str, Any]
         return [row]
     if not isinstance(found, list) or not found or not all(isinstance(turn, Mapping) for turn in found):
         raise RowError(f"{columns.turns[0]} must be a list of turns")
-    shared = _facts(row, columns)
+    stated = {name for role in PROVENANCE for name in columns.named.get(role, ())}
+    shared = {**_facts(row, columns), **{name: row[name] for name in stated & row.keys()}}
     return [{**shared, **turn, "turn": number} for number, turn in enumerate(found)]
 
 
 def draft(row: Mapping[str, Any], columns: Columns) -> Draft:
     """What a row says, or RowError."""
+    stated = {role: _stated(row, columns.named.get(role, ())) for role in PROVENANCE}
+    if stated["split"] not in SPLITS:
+        raise RowError(f"the split is {stated['split'][:40]!r}, expected train or val")
+    split = SPLITS[stated["split"]]
+    return replace(_content(row, columns), licence=stated["licence"], origin=stated["origin"], split=split)
+
+
+def _stated(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """A text or number of a row, "" where it has none."""
+    found = _first(row, names)
+    if not isinstance(found, str | int | None):
+        raise RowError(f"expected a text in {_named(names)}, got a {type(found).__name__}")
+    return "" if found is None else str(found).strip()
+
+
+def _content(row: Mapping[str, Any], columns: Columns) -> Draft:
+    """The text and the pictures of a row."""
     sources = tuple(picture for name in columns.sources for picture in _pictures(row.get(name)))
     metadata = _facts(row, columns)
     if columns.kind == "chat":

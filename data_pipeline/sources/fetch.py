@@ -18,7 +18,7 @@ UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is routed; what w
 WRAPPED = ipaddress.ip_network("2002::/16")  # but for 6to4
 
 
-class Refused(Exception):
+class Unfetched(Exception):
     """Why a URL was not fetched."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -42,7 +42,7 @@ class Limits:
 
 
 def fetch(url: str, limits: Limits) -> bytes:
-    """The body behind a URL, or Refused.
+    """The body behind a URL, or Unfetched.
 
     http and https only, no redirect followed, no address that is not public: a list of URLs must not reach the
     machine's own network or a cloud's metadata service, neither by name nor by a name that resolves there. The address
@@ -53,9 +53,9 @@ def fetch(url: str, limits: Limits) -> bytes:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").encode("idna").decode(), parts.port
     except ValueError as error:
-        raise Refused("bad_url", f"{shown}: {error}") from error
+        raise Unfetched("bad_url", f"{shown}: {error}") from error
     if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-        raise Refused("bad_url", f"expected http(s)://HOST/..., got {shown}")
+        raise Unfetched("bad_url", f"expected http(s)://HOST/..., got {shown}")
     port = port or {"http": 80, "https": 443}[parts.scheme]
     deadline = time.monotonic() + limits.seconds
     address = public_address(host, port, limits)
@@ -72,9 +72,9 @@ def fetch(url: str, limits: Limits) -> bytes:
             response.begin()
             return body(response, limits)
     except TimeoutError as error:
-        raise Refused("too_slow", f"{shown}: not done after {limits.seconds:g} s") from error
+        raise Unfetched("too_slow", f"{shown}: not done after {limits.seconds:g} s") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Refused("unreachable", f"{shown}: {type(error).__name__}: {error}") from error
+        raise Unfetched("unreachable", f"{shown}: {type(error).__name__}: {error}") from error
 
 
 def public_address(host: str, port: int, limits: Limits) -> str:
@@ -82,11 +82,11 @@ def public_address(host: str, port: int, limits: Limits) -> str:
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError) as error:
-        raise Refused("unreachable", f"{host!r}: {error}") from error
+        raise Unfetched("unreachable", f"{host!r}: {error}") from error
     if host not in limits.allowed and f"{host}:{port}" not in limits.allowed:
         for address in found:
             if not is_public(address):
-                raise Refused("private_address", f"{host!r} is at {address}, which is not public")
+                raise Unfetched("private_address", f"{host!r} is at {address}, which is not public")
     return found[0]
 
 
@@ -137,18 +137,18 @@ class Timed(io.RawIOBase):
 def body(response: http.client.HTTPResponse, limits: Limits) -> bytes:
     """The response's body within the limits."""
     if 300 <= response.status < 400:
-        raise Refused("redirect", f"status {response.status} to {response.headers.get('Location', '')[:200]!r}")
+        raise Unfetched("redirect", f"status {response.status} to {response.headers.get('Location', '')[:200]!r}")
     if response.status != 200:
-        raise Refused("http_status", f"status {response.status}")
+        raise Unfetched("http_status", f"status {response.status}")
     tags = ",".join(response.headers.get_all("X-Robots-Tag", [])).replace(":", ",").lower().split(",")
     if opted := OPT_OUT & {tag.strip() for tag in tags}:
-        raise Refused("opted_out", f"X-Robots-Tag: {', '.join(sorted(opted))}")
+        raise Unfetched("opted_out", f"X-Robots-Tag: {', '.join(sorted(opted))}")
     data, size = bytearray(), response.length or 0
     while size <= limits.bytes and (chunk := response.read1(1 << 16)):
         data += chunk
         size = max(size, len(data))
     if size > limits.bytes:
-        raise Refused("file_too_large", f"more than {limits.bytes} bytes")
+        raise Unfetched("file_too_large", f"more than {limits.bytes} bytes")
     if response.length:
-        raise Refused("unreachable", f"the connection ended {response.length} bytes before the end")
+        raise Unfetched("unreachable", f"the connection ended {response.length} bytes before the end")
     return bytes(data)

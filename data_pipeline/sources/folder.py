@@ -45,6 +45,12 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def leaves(path: Path, root: Path) -> bool:
+    """Whether a path, or a link that it is, leads out of a folder, which is resolved: whoever made the folder must not
+    choose what is read of this machine."""
+    return not path.resolve().is_relative_to(root)
+
+
 def read_file(path: Path) -> bytes | tuple[str, str]:
     """A file's bytes, or (reason, detail) why not: one unreadable file must not end a build."""
     try:
@@ -58,7 +64,7 @@ def read_file(path: Path) -> bytes | tuple[str, str]:
 
 @dataclass
 class Folder:
-    """Pictures (.png, .jpg, .jpeg, .webp) anywhere below `path`, each with NAME.txt beside it."""
+    """Pictures (.png, .jpg, .jpeg, .webp) anywhere below `path`, each with NAME.txt beside it; links stay inside."""
 
     path: str = ""
     origin: str = ""
@@ -88,6 +94,7 @@ class Folder:
             yield Unit(name, {"files": names}, digest(names, sizes))
 
     def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        """The records of a range of files."""
         root = Path(self.path)
         for encoded in unit.where["files"]:
             path = root / os.fsdecode(encoded.encode("latin-1"))
@@ -103,6 +110,8 @@ class Folder:
         name, key, caption = printable(path), file_key(path), image.with_suffix(".txt")
         if not caption.is_file():
             return Rejected(key, "image_without_caption", f"{name} has no {printable(caption.name)} beside it")
+        if leaves(caption, root.resolve()) or leaves(image, root.resolve()):
+            return Rejected(key, "path_outside_folder", f"{name} or its caption is a link out of the folder")
         words, data = read_file(caption), read_file(image)
         if isinstance(words, tuple) or isinstance(data, tuple):
             return Rejected(key, *(words if isinstance(words, tuple) else data))

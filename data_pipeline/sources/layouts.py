@@ -24,6 +24,9 @@ class Columns:
         rejected: the worse picture of two.
         answer: what a verifier compares with.
         turns: a list of rows, each an edit of one session; of a chat the list of what was said.
+        licence: of the row's pictures; goes before the source's.
+        origin: where the row comes from; goes before the source's.
+        split: "train" or "val".
     """
 
     kind: str
@@ -33,12 +36,17 @@ class Columns:
     rejected: tuple[str, ...] = ()
     answer: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
+    licence: tuple[str, ...] = ("licence", "license")
+    origin: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
 
     @cached_property
     def named(self) -> dict[str, tuple[str, ...]]:
         """Columns by role, of the roles that this layout has."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind" and getattr(self, f.name)}
 
+
+PROVENANCE = ("licence", "origin", "split")  # roles that every layout may have
 
 LAYOUTS = {
     "edit": Columns("edit", ("instruction",), ("target",), ("source",)),
@@ -62,8 +70,9 @@ def columns_of(layout: str, changes: Mapping[str, str | list[str]]) -> Columns:
     if layout not in LAYOUTS:
         raise InputError(f"source.layout is {layout}; expected one of {', '.join(LAYOUTS)}")
     columns = LAYOUTS[layout]
-    unknown = sorted(changes.keys() - columns.named.keys())
+    roles = list(dict.fromkeys([*columns.named, *PROVENANCE]))
+    unknown = sorted(changes.keys() - set(roles))
     if unknown:
-        raise InputError(f"source.columns names {unknown}; the layout {layout} has {', '.join(columns.named)}")
+        raise InputError(f"source.columns names {unknown}; the layout {layout} has {', '.join(roles)}")
     named: dict[str, Any] = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in changes.items()}
     return replace(columns, **named)

@@ -113,14 +113,14 @@ def _parsed(suffix: str, lines: list[bytes], names: list[str]) -> dict[str, Any]
     if suffix == ".txt":
         return {"text": lines[0].decode("utf-8-sig").strip()}
     if suffix not in DELIMITERS:
-        return json_object(json.loads(lines[0].decode("utf-8-sig")))
+        return storable_row(json.loads(lines[0].decode("utf-8-sig")))
     values = next(csv.reader([line.decode() for line in lines], delimiter=DELIMITERS[suffix], strict=True))
     if len(values) != len(names):
         raise ValueError(f"{len(values)} fields, the header has {len(names)}")
     return dict(zip(names, values, strict=True))
 
 
-def json_object(row: Any) -> dict[str, Any]:
+def storable_row(row: Any) -> dict[str, Any]:
     """A row that is an object of text that can be stored."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {json.dumps(row)[:60]}")

@@ -60,6 +60,7 @@ class Manifest:
         return ranges(self.path, records, columns_of(self.layout, self.columns))
 
     def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        """The records of a range of rows."""
         table = table_of(self.path, unit)
         reader = RowReader(columns_of(self.layout, self.columns), table, self.origin, self.licence)
         root = Path(self.pictures) if self.pictures else table.parent

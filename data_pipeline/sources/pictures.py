@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.records import EncodedImage
-from data_pipeline.sources.folder import EXTENSIONS, MAX_BYTES, read_file
+from data_pipeline.sources.folder import EXTENSIONS, MAX_BYTES, leaves, read_file
 
 MAGIC = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpg"), (b"RIFF", "webp"))
 
@@ -62,7 +62,7 @@ def read_image(root: Path, name: str) -> EncodedImage | Fault:
     shown = repr(name[:200])
     try:
         path = (root / name).resolve()
-        if not path.is_relative_to(root):
+        if leaves(path, root):
             return "path_outside_folder", f"{shown} leaves the folder of pictures"
         if not path.is_file():
             return "missing_file", f"{shown} is not in {root.name}"

@@ -36,6 +36,7 @@ class Scenes:
                 yield Unit(f"{kind} scenes {start + 1}-{where['stop']}", where, digest(where))
 
     def read(self, unit: Unit) -> Iterator[Record]:
+        """The records of a range of numbers, rendered."""
         make: Callable[[int, int, int, str], Record] = edit_record
         count = self.count_edit
         if unit.where["kind"] == "text_image":

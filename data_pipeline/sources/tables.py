@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from data_pipeline.errors import InputError
 from data_pipeline.records import Rejected
 from data_pipeline.sources.folder import printable
-from data_pipeline.sources.lines import BOM, Row, json_object, line_units, read_lines
+from data_pipeline.sources.lines import BOM, Row, line_units, read_lines, storable_row
 from data_pipeline.sources.protocol import Unit, digest
 
 MAX_JSON = 1 << 30  # bytes of a .json file, which has to be read whole
@@ -100,7 +100,7 @@ def _read_json(path: Path, where: dict[str, Any]) -> Iterator[Row | Rejected]:
         raise InputError(f"source.path {path} changed while it was read: {error}; build again") from error
     for number, row in enumerate(rows, where["first"]):
         try:
-            yield number, json_object(row)
+            yield number, storable_row(row)
         except ValueError as error:
             yield Rejected(f"line-{number}", "bad_json", f"{printable(path.name)} line {number}: {error}")
 

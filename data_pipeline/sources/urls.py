@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 
 from data_pipeline.records import EncodedImage, Record, Rejected
-from data_pipeline.sources.fetch import Limits, Refused, fetch
+from data_pipeline.sources.fetch import Limits, Unfetched, fetch
 from data_pipeline.sources.layouts import columns_of
 from data_pipeline.sources.manifest import RowReader, ranges, table_of
 from data_pipeline.sources.pictures import Fault, sniffed
@@ -49,6 +49,7 @@ class UrlList:
         return ranges(self.path, records, columns_of(self.layout, self.columns))
 
     def read(self, unit: Unit) -> Iterator[Record | Rejected]:
+        """The records of a range of rows, their pictures fetched."""
         table = table_of(self.path, unit)
         reader = RowReader(columns_of(self.layout, self.columns), table, self.origin, self.licence)
         limits = Limits(self.seconds, self.max_bytes, frozenset(self.allowed))
@@ -63,5 +64,5 @@ def fetched(limits: Limits, url: str) -> EncodedImage | Fault:
     """The picture behind a URL, or why not."""
     try:
         return sniffed(fetch(url, limits))
-    except Refused as refused:
+    except Unfetched as refused:
         return refused.reason, refused.detail

@@ -20,7 +20,9 @@ SIDE = 32
 
 @dataclass
 class Fingerprint:
-    """Column `phash`: 64 bits of the picture to learn, as a signed integer; null where a record has no such picture.
+    """Columns `phash`: 64 bits of the picture to learn, as a signed integer, null where a record has no such picture;
+    and `phash_others`: those of all its other pictures, in order. Near-duplicates are told by the first; a benchmark's
+    picture may be any of them, and that of an edit is a source.
 
     The sign of the 8 x 8 lowest frequencies of a 32 x 32 luma's cosine transform around their median (Zauner 2010).
     """
@@ -28,17 +30,19 @@ class Fingerprint:
     batch_size: int = 64
 
     def columns(self) -> list[pa.Field]:
-        """Name and type."""
-        return [column("phash", pa.int64(), "phash", "1")]
+        """Names and types."""
+        named = {"phash": pa.int64(), "phash_others": pa.list_(pa.int64())}
+        return [column(name, kind, "phash", "1") for name, kind in named.items()]
 
     def score(self, records: Sequence[Record]) -> list[Mapping[str, Any]]:
-        """A fingerprint for each record."""
+        """The fingerprints of each record."""
         return [self._score(record) for record in records]
 
     @staticmethod
     def _score(record: Record) -> Mapping[str, Any]:
-        image = next((record.images[name] for name in ("image", "target", "chosen") if name in record.images), None)
-        return {"phash": None if image is None else phash(pixels(image))}
+        own = next((name for name in ("image", "target", "chosen") if name in record.images), "")
+        found = {name: phash(pixels(image)) for name, image in record.images.items()}
+        return {"phash": found.get(own), "phash_others": [value for name, value in found.items() if name != own]}
 
 
 def phash(picture: np.ndarray) -> int:

@@ -37,7 +37,8 @@ Answer with one JSON object and nothing else: {{"reasoning": "one short sentence
 
 @dataclass
 class VlmJudge:
-    """Columns `judge_DIMENSION`, from 0 to `highest`, and `judge_note`: null, or why a record has no score.
+    """Columns `judge_DIMENSION`, from 0 to `highest`, and `judge_note`: null, or why a record has no score; another
+    judge's `name` stands in the place of "judge".
 
     Scores are the model's own numbers or null: an answer in which any dimension is missing or off the scale gives none.
     VIEScore (Ku et al. 2024, arXiv 2312.14867), OmniEdit and GEdit-Bench rate instruction, preservation and quality
@@ -54,6 +55,7 @@ class VlmJudge:
     text_image: dict[str, str] = field(default_factory=lambda: dict(TEXT_IMAGE))
     highest: float = 10.0
     batch_size: int = 64
+    name: str = "judge"
 
     def __post_init__(self) -> None:
         named = all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in self.dimensions)
@@ -76,7 +78,7 @@ class VlmJudge:
 
     def columns(self) -> list[pa.Field]:
         """Names and types."""
-        named = {**{f"judge_{name}": pa.float32() for name in self.dimensions}, "judge_note": pa.string()}
+        named = {**{f"{self.name}_{what}": pa.float32() for what in self.dimensions}, f"{self.name}_note": pa.string()}
         return [column(name, kind, self.endpoint.model, self.revision) for name, kind in named.items()]
 
     def score(self, records: Sequence[Record]) -> list[Mapping[str, Any]]:
@@ -86,14 +88,15 @@ class VlmJudge:
 
     def _score(self, record: Record) -> Mapping[str, Any]:
         dimensions = {"edit": self.edit, "text_image": self.text_image}.get(record.kind)
-        scores: dict[str, Any] = {f"judge_{name}": None for name in self.dimensions} | {"judge_note": None}
+        note = f"{self.name}_note"
+        scores: dict[str, Any] = {f"{self.name}_{what}": None for what in self.dimensions} | {note: None}
         if not dimensions:
-            return {**scores, "judge_note": f"records of kind {record.kind} are not judged"}
+            return {**scores, note: f"records of kind {record.kind} are not judged"}
         try:
             found = json_object(self.endpoint.ask(self._question(record, dimensions), list(record.images.values())))
-            return {**scores, **{f"judge_{name}": self._rating(name, found) for name in dimensions}}
+            return {**scores, **{f"{self.name}_{what}": self._rating(what, found) for what in dimensions}}
         except Unanswered as reason:
-            return {**scores, "judge_note": str(reason)}
+            return {**scores, note: str(reason)}
 
     def _question(self, record: Record, dimensions: Mapping[str, str]) -> str:
         return QUESTION.format(

@@ -57,7 +57,7 @@ class Resize(Decode):
         if size[0] * size[1] > self.max_pixels:
             return "too_many_pixels", f"{size[0]} x {size[1]} pixels once resized, at most {self.max_pixels} in all"
         buffer = io.BytesIO()
-        resized(picture, size).save(buffer, NAMES[self.format], quality=self.quality)
+        at_size(picture, size).save(buffer, NAMES[self.format], quality=self.quality)
         return EncodedImage(buffer.getvalue(), self.format)
 
     def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -72,7 +72,7 @@ class Resize(Decode):
         return width, height
 
 
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def at_size(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The picture, just opened, at `size` (width and height as stored), then turned upright: RGB, nothing attached."""
     exact = [k for k in SCALES if size == (-(-picture.width // k), -(-picture.height // k))]
     roomy = [k for k in SCALES if max(picture.size) >= 2 * k * max(size)]  # leaves enough pixels to average over

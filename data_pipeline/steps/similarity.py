@@ -33,18 +33,19 @@ class Embedder(Protocol):
 class Similarity:
     """Cosines of one embedding; null where a record lacks what is compared.
 
-    Columns: `clip_text` (a picture and its caption; of an edit the target and metadata's target_caption), `clip_image`
-    (an edit's first source and its target), `clip_direction` (the step between pictures and the step between captions:
-    Gal et al. 2021, arXiv 2108.00946, equation 2). Thresholds depend on the embedding: 0.2, 0.7 and 0.2 are
-    InstructPix2Pix's for CLIP ViT-L/14.
+    Columns, of which `name` is the first part: `clip_text` (a picture and its caption; of an edit the target and
+    metadata's target_caption), `clip_image` (an edit's first source and its target), `clip_direction` (the step between
+    pictures and the step between captions: Gal et al. 2021, arXiv 2108.00946, equation 2). Thresholds depend on the
+    embedding: 0.2, 0.7 and 0.2 are InstructPix2Pix's for CLIP ViT-L/14.
     """
 
     embedder: Embedder
     batch_size: int = 32
+    name: str = "clip"
 
     def columns(self) -> list[pa.Field]:
         """Names and types."""
-        names = ("clip_text", "clip_image", "clip_direction")
+        names = (f"{self.name}_{what}" for what in ("text", "image", "direction"))
         return [column(name, pa.float32(), "similarity", self.embedder.fingerprint) for name in names]
 
     def score(self, records: Sequence[Record]) -> list[Mapping[str, Any]]:
@@ -53,18 +54,17 @@ class Similarity:
         texts = Lookup(self.embedder.texts, [text for r in records for text in captions(r).values()])
         return [self._score(record, pictures, texts) for record in records]
 
-    @staticmethod
-    def _score(record: Record, pictures: Lookup, texts: Lookup) -> Mapping[str, Any]:
+    def _score(self, record: Record, pictures: Lookup, texts: Lookup) -> Mapping[str, Any]:
         image = {name: pictures[picture] for name, picture in compared(record).items()}
         text = {name: texts[words] for name, words in captions(record).items()}
-        found: dict[str, float | None] = {"clip_text": None, "clip_image": None, "clip_direction": None}
+        found: dict[str, float | None] = {"text": None, "image": None, "direction": None}
         if image.keys() >= {"target"} and "target" in text:
-            found["clip_text"] = float(image["target"] @ text["target"])
+            found["text"] = float(image["target"] @ text["target"])
         if image.keys() >= {"source", "target"}:
-            found["clip_image"] = float(image["source"] @ image["target"])
+            found["image"] = float(image["source"] @ image["target"])
             if text.keys() >= {"source", "target"}:
-                found["clip_direction"] = cosine(image["target"] - image["source"], text["target"] - text["source"])
-        return found
+                found["direction"] = cosine(image["target"] - image["source"], text["target"] - text["source"])
+        return {f"{self.name}_{what}": value for what, value in found.items()}
 
 
 class Lookup:
@@ -111,23 +111,24 @@ class Judge(Protocol):
 
 @dataclass
 class Aesthetic:
-    """Column `aesthetic`: the rating of the picture to learn; null where a record has none.
+    """Column `aesthetic`, or what `name` says: the rating of the picture to learn; null where a record has none.
 
     LAION's predictor rates from 1 to 10; ImgEdit keeps above 4.75.
     """
 
     rater: Judge
     batch_size: int = 32
+    name: str = "aesthetic"
 
     def columns(self) -> list[pa.Field]:
         """Name and type."""
-        return [column("aesthetic", pa.float32(), "aesthetic", self.rater.fingerprint)]
+        return [column(self.name, pa.float32(), "aesthetic", self.rater.fingerprint)]
 
     def score(self, records: Sequence[Record]) -> list[Mapping[str, Any]]:
         """A rating for each record."""
         ratings = Lookup(self.rater.rate, [r["target"] for r in map(compared, records) if "target" in r], pixels)
         found = [compared(record).get("target") for record in records]
-        return [{"aesthetic": None if image is None else float(ratings[image])} for image in found]
+        return [{self.name: None if image is None else float(ratings[image])} for image in found]
 
 
 class Distance(Protocol):
@@ -143,18 +144,23 @@ class Distance(Protocol):
 class Consistency:
     """Whether an edit leaves alone what it does not change; null for other records.
 
-    Columns: `distance` (mean perceptual distance of source and target) and `distance_outside` (the same over the pixels
-    that the change mask of `data_pipeline.steps.quality` leaves out: drift where nothing should move).
+    Columns, of which `name` is the first part: `distance` (mean perceptual distance of source and target) and
+    `distance_outside` (the same over the pixels that the change mask of `data_pipeline.steps.quality` leaves out: drift
+    where nothing should move).
     """
 
     perceptual: Distance
     threshold: int = 16
     batch_size: int = 16
+    name: str = "distance"
 
     def columns(self) -> list[pa.Field]:
         """Names and types."""
         revision = f"{self.perceptual.fingerprint}, threshold {self.threshold}"
-        return [column(name, pa.float32(), "consistency", revision) for name in ("distance", "distance_outside")]
+        return [column(name, pa.float32(), "consistency", revision) for name in self._names()]
+
+    def _names(self) -> tuple[str, str]:
+        return self.name, f"{self.name}_outside"
 
     def score(self, records: Sequence[Record]) -> list[Mapping[str, Any]]:
         """A value for every column."""
@@ -165,12 +171,8 @@ class Consistency:
         }
         sources, targets = [pair[0] for pair in edits.values()], [pair[1] for pair in edits.values()]
         maps = dict(zip(edits, self.perceptual.maps(sources, targets) if edits else [], strict=True))
-        found: list[Mapping[str, Any]] = []
-        for i in range(len(records)):
-            if i not in maps:
-                found.append({"distance": None, "distance_outside": None})
-                continue
+        found: dict[int, tuple[float, float | None]] = {}
+        for i, local in maps.items():
             outside = ~change_mask(*edits[i], self.threshold)
-            drift = float(maps[i][outside].mean()) if outside.any() else None
-            found.append({"distance": float(maps[i].mean()), "distance_outside": drift})
-        return found
+            found[i] = float(local.mean()), float(local[outside].mean()) if outside.any() else None
+        return [dict(zip(self._names(), found.get(i, (None, None)), strict=True)) for i in range(len(records))]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from data_pipeline.records import EditRecord, EncodedImage, Record, Rejected
-from data_pipeline.sources import Manifest
+from data_pipeline.sources import Manifest, archives
 from data_pipeline.sources.archives import Archives, Parts, grouped
 
 
@@ -264,3 +264,12 @@ def test_parts_read_as_the_file_they_make(
         assert parts.read() == data and parts.seek(0, os.SEEK_END) == len(data)
         for offset, count in reads:
             assert parts.seek(offset) == whole.seek(offset) and parts.read(count) == whole.read(count)
+
+
+def test_a_folder_is_listed_once_however_many_archives_it_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(80):  # more than are kept open
+        (folder / f"{i:03d}.tar").write_bytes(tar_of({f"{i}.png": png(i)}))
+    listings: list[Path] = []
+    monkeypatch.setattr(archives, "grouped", lambda path: listings.append(path) or grouped(path))
+    assert [picture(folder, f"{i}.png") for i in range(80)] == [png(i) for i in range(80)]
+    assert len(listings) == 1

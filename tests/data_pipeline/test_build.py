@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.errors import InputError
-from data_pipeline.index import load_index, read_member, sample_id
+from data_pipeline.index import MANIFEST, load_index, read_member, sample_id, sidecar
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.records import EncodedImage, TextImageRecord
-from data_pipeline.shards import MANIFEST, write_shard
-from data_pipeline.sources import Scenes
+from data_pipeline.shards import write_shard
+from data_pipeline.sources import Folder, Scenes
 
 RECIPES = Path(__file__).parents[2] / "configs" / "data"
 
@@ -111,12 +112,15 @@ def test_building_again_does_nothing_and_overwrites_nothing(pictures: Path, tmp_
     assert before == {f: f.stat().st_mtime_ns for f in out.iterdir()}
 
 
-def test_a_failing_build_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_build_that_nothing_survives_leaves_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("alone")
     with pytest.raises(InputError, match=r"no record survived(.|\n)*caption_without_image"):
         build("text_image", tmp_path / "in", tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    (ledger,) = (tmp_path / "out").glob("*.task.json")
+    assert "caption_without_image" in ledger.read_text() and not list((tmp_path / "out").glob("*.tar"))
+    picture(tmp_path / "in" / "a.png")  # mended, the same command goes on
+    assert build("text_image", tmp_path / "in", tmp_path / "out")["kept"] == {"text_image/unsplit": 1}
 
 
 @pytest.fixture
@@ -241,3 +245,32 @@ def test_a_truncated_shard_is_named(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="truncated, build it again"):
         read_member(record, "json")
     assert (tmp_path / "out" / MANIFEST).is_file()
+
+
+def test_input_that_changed_before_a_build_was_finished_leaves_no_shard_behind(tmp_path: Path) -> None:
+    for i in range(10):
+        picture(tmp_path / "in" / f"{i}.png", i).with_suffix(".txt").write_text(f"caption {i}")
+    recipe = Recipe(Folder(str(tmp_path / "in")), records_per_shard=4)
+    recipe.build(tmp_path / "out")
+    (tmp_path / "out" / MANIFEST).unlink()  # as if it had been stopped before its last moment
+    (tmp_path / "out" / "notes.tar.txt").write_text("mine")
+    picture(tmp_path / "in" / "0a.png", 10).with_suffix(".txt").write_text("one more")
+    manifest = recipe.build(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [s["name"] for s in manifest["shards"]]
+    assert len(list((tmp_path / "out").glob("*.task.json"))) == len(list((tmp_path / "out").glob("*.parquet"))) == 3
+    assert len(load_index(tmp_path / "out")) == sum(manifest["kept"].values()) == 11
+    assert (tmp_path / "out" / "notes.tar.txt").is_file()
+
+
+def test_a_tar_that_the_manifest_does_not_name_is_not_trained_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    Recipe(Scenes(1, 4, 0), records_per_shard=2).build(out)
+    first, second = sorted(out.glob("*.tar"))
+    shutil.copy(first, out / "000009-left.tar")
+    shutil.copy(sidecar(first), out / "000009-left.index.parquet")
+    with pytest.raises(InputError, match=r"000009-left.tar is none of the 2 shards in"):
+        load_index(out)
+    (out / "000009-left.tar").unlink()
+    second.unlink()
+    with pytest.raises(InputError, match=rf"{second.name} is missing"):
+        load_index(out)

@@ -19,12 +19,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.__main__ import main
 from data_pipeline.errors import InputError
 from data_pipeline.executors.local import Local
 from data_pipeline.executors.on_ray import Ray
+from data_pipeline.executors.task import Task, run_task
 from data_pipeline.index import load_index
 from data_pipeline.recipe import Recipe
-from data_pipeline.sources import Manifest, Scenes
+from data_pipeline.sources import Folder, Manifest, Scenes
 from data_pipeline.steps import Decode
 from data_pipeline.steps.fingerprints import Fingerprint
 from data_pipeline.steps.quality import Change, Quality
@@ -87,6 +89,19 @@ def test_an_actor_that_was_killed_is_replaced(cluster: None, undisturbed: dict[s
     assert victims and content(tmp_path / "out") == undisturbed
 
 
+def test_a_mistake_in_an_actor_is_one_line_and_paths_are_those_of_the_driver(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the actors start elsewhere
+    lines = [json.dumps({"prompt": f"prompt {i}"}) for i in range(20)]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    made = Recipe(Manifest("prompts.jsonl", "prompts"), records_per_shard=5)
+    assert made.build(Path("out"), Ray(2))["kept"] == {"prompt/unsplit": 20}
+    with pytest.raises(InputError) as raised:
+        Recipe(Manifest("prompts.jsonl", "prompts"), [Quality(batch_size=0)], 5).build(Path("bad"), Ray(2))
+    assert "\n" not in str(raised.value) and "batch_size of Quality is 0" in str(raised.value)
+
+
 def actors() -> list[int]:
     """Processes of Ray's actors, which Ray names after their class."""
     found = []
@@ -111,27 +126,32 @@ def test_every_record_comes_once_whatever_the_size_of_a_unit(size: int) -> None:
 
 
 def command(folder: Path) -> list[str]:
-    """A build of some thirty tasks in two processes."""
+    """A build of sixty tasks in two processes."""
     path = folder / "recipe.yaml"
     steps = [{"class_path": f"{type(step).__module__}.{type(step).__qualname__}"} for step in STEPS]
     source = {"class_path": "data_pipeline.sources.Scenes", "init_args": {"count_text_image": 120, "count_edit": 120}}
-    path.write_text(yaml.safe_dump({"source": source, "steps": steps, "records_per_shard": 8}))
+    path.write_text(yaml.safe_dump({"source": source, "steps": steps, "records_per_shard": 4}))
     return [sys.executable, "-m", "data_pipeline", "build", "-c", str(path), "--workers", "2", "--output"]
 
 
-def killed(command: list[str], out: Path, whom: str, rng: random.Random) -> None:
-    """Starts the build and kills the driver, or one of its workers, at a random moment between two finished tasks."""
+def killed(command: list[str], out: Path, whom: str, rng: random.Random) -> dict[Path, int]:
+    """Starts the build and kills the driver, or one of its workers, at a random moment between two finished tasks.
+
+    Returns what was finished by then, and when.
+    """
     process = subprocess.Popen([*command, str(out)], env={**os.environ, **paths()}, stderr=subprocess.DEVNULL)
     try:
-        wanted = rng.randrange(25)
-        while process.poll() is None and len(list(out.glob("*.task.json"))) < wanted:
+        wanted, victims = rng.randrange(40), []
+        while len(list(out.glob("*.task.json"))) < wanted or not victims:
+            assert process.poll() is None, "the build was over before anything was killed"
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.1)
-        victims = [process.pid] if whom == "driver" else list(children(process.pid))
-        for victim in victims[:1]:
-            os.kill(victim, signal.SIGKILL)
-        if whom == "worker":
-            assert process.wait(60) == 0  # the driver replaces the worker and goes on
+            victims = [process.pid] if whom == "driver" else list(children(process.pid))
+        time.sleep(rng.random() * 0.02)
+        os.kill(victims[0], signal.SIGKILL)
+        finished = marks(out)
+        # The driver replaces a worker and goes on.
+        assert process.wait(60) == (0 if whom == "worker" else -signal.SIGKILL)
+        return finished
     finally:
         process.kill()
         process.wait()
@@ -144,19 +164,22 @@ def children(pid: int) -> Iterator[int]:
             yield int(child)
 
 
+def marks(out: Path) -> dict[Path, int]:
+    """The finished tasks, and when each was."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("*.task.json")}
+
+
 def check_killed(tmp_path: Path, whom: str, moments: int) -> None:
     build = command(tmp_path)
     subprocess.run([*build, str(tmp_path / "whole")], env={**os.environ, **paths()}, check=True, capture_output=True)
-    whole, rng, interrupted = content(tmp_path / "whole"), random.Random(moments), 0
+    whole, rng = content(tmp_path / "whole"), random.Random(moments)
     for moment in range(moments):
         out = tmp_path / f"{moment}"
-        killed(build, out, whom, rng)
-        finished = {path: path.stat().st_mtime_ns for path in out.glob("*.task.json")}
-        interrupted += not (out / "manifest.json").is_file()
+        finished = killed(build, out, whom, rng)
+        assert whom == "worker" or not (out / "manifest.json").is_file()
         subprocess.run([*build, str(out)], env={**os.environ, **paths()}, check=True, capture_output=True)
         assert content(out) == whole
-        assert finished == {path: path.stat().st_mtime_ns for path in finished}  # nothing is done twice
-    assert whom == "worker" or interrupted > moments / 2
+        assert finished.items() <= marks(out).items()  # nothing is done twice
 
 
 @pytest.mark.parametrize("whom", ["driver", "worker"])
@@ -189,6 +212,39 @@ def test_an_error_budget_stops_a_build_and_keeps_what_is_finished(tmp_path: Path
     with pytest.raises(InputError, match=r"1000 of 1000 records were rejected(.|\n)*missing_file(.|\n)*line 1"):
         made.build(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.task.json"))) == 2
+    with pytest.raises(InputError, match="1000 of 1000 records were rejected"):  # as before: nothing was mended
+        made.build(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.task.json"))) == 2
+
+
+def test_the_budget_of_a_recipe_can_be_set_on_the_command_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(["x"] * 900 + ["y" * 20_000] * 300))
+    config = str(Path(__file__).parents[2] / "configs" / "data" / "prompts.yaml")
+    build = ["build", "-c", config, "--source.path", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]
+    assert main(build) == 2 and "more than max_rejected 0.2 allows" in capsys.readouterr().err
+    assert main([*build, "--max_rejected", "2"]) == 2 and "expected a share from 0 to 1" in capsys.readouterr().err
+    assert main([*build, "--max_rejected", "0.5"]) == 0 and "rejected 300: text_too_long" in capsys.readouterr().out
+
+
+def test_what_was_rejected_before_an_interruption_counts(tmp_path: Path) -> None:
+    lines = [json.dumps({"source": "a.png", "target": "b.png", "instruction": f"{i}"}) for i in range(1200)]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    strict = Recipe(Manifest(str(tmp_path / "edits.jsonl")), records_per_shard=300, max_rejected=0.1)
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="1200 of 1200"):
+        strict.build(out)
+    for path in sorted(out.glob("*.task.json"))[-2:]:  # 600 are left, fewer than a build looks at before it judges
+        path.unlink()
+    with pytest.raises(InputError, match="1200 of 1200"):
+        strict.build(out)
+
+
+def test_a_task_whose_report_was_lost_is_not_done_again(tmp_path: Path) -> None:
+    task = Task(0, next(iter(Scenes(1, 4, 0).units(4))), "")
+    report = run_task(task, Scenes(1, 4, 0), STEPS, tmp_path)
+    before = content(tmp_path), marks(tmp_path)
+    assert run_task(task, Folder("nowhere"), STEPS, tmp_path) == report  # the source is not read
+    assert before == (content(tmp_path), marks(tmp_path))
 
 
 def test_two_builds_of_one_output_do_not_mix(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.headers import MAX_HEADER, Ranges, Refused
-from data_pipeline.headers import upright_size as size_by_ranges
+from data_pipeline.headers import MAX_HEADER, Ranges, Refused, size_by_ranges
 from data_pipeline.shards import upright_size
 
 

@@ -88,11 +88,27 @@ def test_a_file_that_cannot_be_read_does_not_end_the_build(tmp_path: Path) -> No
     root = tmp_path / "in"
     add(root, "good.png", encoded(), b"\xef\xbb\xbfwith a byte order mark")
     add(root, "broken.png", b"")
-    (root / "broken.png").unlink()
-    (root / "broken.png").symlink_to("/proc/self/mem")  # reading its first byte is an input/output error
-    good, broken = sorted(read(Folder(str(root))), key=lambda item: isinstance(item, Rejected))
+    source = Folder(str(root))
+    (unit,) = source.units(9)
+    (root / "broken.png").unlink()  # gone since it was listed
+    good, broken = sorted(source.read(unit), key=lambda item: isinstance(item, Rejected))
     assert isinstance(broken, Rejected) and broken.reason == "unreadable_file"
     assert isinstance(good, TextImageRecord) and good.caption == "with a byte order mark"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".txt"])
+def test_a_link_out_of_the_folder_is_not_followed(suffix: str, tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    add(root, "a.png", encoded())
+    add(root, "b.png", encoded())
+    linked = (root / "a.png").with_suffix(suffix)
+    linked.rename(tmp_path / "secret")
+    linked.symlink_to(tmp_path / "secret")
+    (root / "b.png").rename(root / "c.png")
+    (root / "b.png").symlink_to("c.png")  # within the folder links are as good as files
+    (root / "c.txt").symlink_to("b.txt")
+    found = {item.reason if isinstance(item, Rejected) else item.caption for item in read(Folder(str(root)))}
+    assert found == {"path_outside_folder", "words"}
 
 
 def test_a_file_too_large_for_memory_is_not_read(tmp_path: Path) -> None:

@@ -113,6 +113,35 @@ def test_stock_reading_finds_the_keys_and_bytes_that_the_index_states(tmp_path: 
     assert len({record.sample_id for record in records}) == 18  # keys repeat across tars, ids do not
 
 
+def test_edits_by_others_are_indexed_by_their_members(tmp_path: Path) -> None:
+    pictures = {name: encoded((30 + i, 20)) for i, name in enumerate(("src.jpg", "ref.jpg", "tgt.jpg"))}
+    texts = {"a.txt": b" make it blue\n", "b.instruction.txt": b"remove it", "c.json": b'{"instruction": "add it"}'}
+    members = {f"{key}.{name}": data for key in "abc" for name, data in pictures.items()}
+    put(tmp_path / "in", "t.tar", dict(sorted({**members, **texts}.items())))
+    roles = {"sources": ["src.jpg", "ref.jpg"], "target": "tgt.jpg", "text": ["txt", "instruction.txt", "instruction"]}
+    index([str(tmp_path / "in")], tmp_path / "out", "edit", roles)
+    records = load_index(tmp_path / "out")
+    assert [(record.key, record.kind) for record in records] == [(key, "edit") for key in "abc"]
+    assert [read_prompt(record) for record in records] == ["make it blue", "remove it", "add it"]
+    for record in records:
+        read = [read_member(record, name) for name in ("source0", "source1", "target")]
+        assert read == list(pictures.values())
+        assert [record.members[name].width for name in ("source0", "source1", "target")] == [30, 31, 32]
+    assert "1 of them indexed before" in index([str(tmp_path / "in")], tmp_path / "out", "edit", roles)
+    assert "0 of them indexed before" in index([str(tmp_path / "in")], tmp_path / "out")  # another layout
+    assert load_index(tmp_path / "out") == []
+
+
+def test_a_text_that_readers_would_not_find_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "in", "t.tar", {"a.jpg": encoded(), "a.json": b'{"alt": "a cat", "license": "CC0-1.0"}'})
+    index([str(tmp_path / "in")], tmp_path / "out", columns={"text": "alt"})
+    assert load_index(tmp_path / "out") == [] and "build shards" in ledger(tmp_path / "out")[0]["detail"]
+    put(tmp_path / "in", "t.tar", {"a.jpg": encoded(), "a.json": b'{"text": "a cat", "license": "CC0-1.0"}'})
+    index([str(tmp_path / "in")], tmp_path / "out")
+    (path,) = (tmp_path / "out").glob(f"*{SUFFIX}")
+    assert set(pq.read_table(path)["licence"].to_pylist()) == {"CC0-1.0"}
+
+
 def test_what_is_unread_is_null_and_never_stands_for_another_picture(tmp_path: Path) -> None:
     tars = [put(tmp_path / "in", name, img2dataset(2)) for name in ("a.tar", "b.tar")]
     index([str(tmp_path / "in")], tmp_path / "out")

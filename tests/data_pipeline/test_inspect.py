@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -167,6 +167,7 @@ def numbers(kind: type) -> st.SearchStrategy[np.ndarray]:
     return arrays(kind, st.integers(0, 300), elements=whole if kind is np.int64 else real)
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from([np.int64, np.float64]))
 def test_a_histogram_counts_every_finite_value_once(data: st.DataObject, kind: type) -> None:
     values = data.draw(numbers(kind))
@@ -225,6 +226,7 @@ def test_pages_show_what_a_selection_kept_and_left_out(tmp_path: Path) -> None:
         inspect(tmp_path)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("aab"), min_size=1, max_size=30), st.integers(0, 40))
 def test_shown_records_are_spread_over_kinds(kinds: list[str], limit: int) -> None:
     table = pa.table({"kind": pa.chunked_array([pa.array(kinds).dictionary_encode()])})

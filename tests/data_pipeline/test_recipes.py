@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import InputError
-from data_pipeline.recipe import Recipe, load_recipe, load_selection
+from data_pipeline.executors.local import Local
+from data_pipeline.recipe import Recipe, load_recipe, load_scoring, load_selection
+from data_pipeline.score import score
 from data_pipeline.select import Selection
 from data_pipeline.sources import Scenes
 from data_pipeline.steps.quality import Quality
 
 FOLDER = Path(__file__).parents[2] / "configs" / "data"
 SELECTIONS = sorted(FOLDER.glob("select*.yaml"))
-RECIPES = sorted(set(FOLDER.glob("*.yaml")) - set(SELECTIONS))
+SCORINGS = [FOLDER / f"{name}.yaml" for name in ("score_text_image", "score_edit", "judge_edit")]
+RECIPES = sorted(set(FOLDER.glob("*.yaml")) - {*SELECTIONS, *SCORINGS})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -22,7 +25,10 @@ def test_a_recipe_is_headed_by_its_command_and_loads(path: Path) -> None:
     command = path.read_text().splitlines()[0]
     assert command.startswith(f"# python -m data_pipeline build -c configs/data/{path.name} ") and "--output" in command
     overrides = ["--source.path", "somewhere"] if "--source.path" in command else []
-    assert load_recipe(path, overrides).records_per_shard >= 1
+    recipe = load_recipe(path, overrides)
+    assert recipe.records_per_shard >= 1
+    if path.stem in ("edit", "text_image", "prompts", "reasoning"):  # whose input nobody has looked at
+        assert 0 < recipe.max_rejected < 0.5
 
 
 @pytest.mark.parametrize("path", SELECTIONS, ids=lambda p: p.stem)
@@ -32,13 +38,18 @@ def test_rules_are_headed_by_their_command_and_load(path: Path) -> None:
     assert load_selection(path, ["--rules.where", "[words >= 9]"]).where == ["words >= 9"]
 
 
+@pytest.mark.parametrize("path", SCORINGS, ids=lambda p: p.stem)
+def test_scores_are_headed_by_their_command_and_load(path: Path) -> None:
+    command = path.read_text().splitlines()[0]
+    assert command.startswith("# python -m data_pipeline score ") and f"-c configs/data/{path.name}" in command
+    assert load_scoring(path)
+
+
 @pytest.mark.parametrize("name", ["score_text_image", "score_edit"])
 def test_a_recipe_whose_models_are_missing_says_which(name: str, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    recipe = load_recipe(FOLDER / f"{name}.yaml", ["--source.path", str(tmp_path / "in")])
+    Recipe(Scenes(1, 2, 2, 0)).build(tmp_path / "out")
     with pytest.raises(InputError, match="models/clip-vit-large-patch14"):
-        recipe.build(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        score(tmp_path / "out", load_scoring(FOLDER / f"{name}.yaml"), Local())
 
 
 SIMILARITY = "data_pipeline.steps.similarity.Similarity"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline.duplicates import first_of_near, near_any, near_pairs
 from data_pipeline.errors import InputError
 from data_pipeline.index import KEEP, LOCATION, SUFFIX, sample_id, with_scores
-from data_pipeline.select import Selection, first_of_near, near_pairs, report, select
+from data_pipeline.select import Selection, report, select
 from data_pipeline.steps.columns import column
+from data_pipeline.steps.fingerprints import Fingerprint
 
-COLUMNS = [column("words", pa.int32(), "quality", "1"), column("phash", pa.int64(), "phash", "1")]
+COLUMNS = [column("words", pa.int32(), "quality", "1"), *Fingerprint().columns()]
 
 
 def rows(count: int, **changes: list) -> list[dict]:
@@ -43,6 +46,7 @@ def rows(count: int, **changes: list) -> list[dict]:
                 "sha256": hashlib.sha256(facts.pop("member", key).encode()).digest(),
                 "words": 5,
                 "phash": None,
+                "phash_others": [],
                 **facts,
             }
         )
@@ -117,11 +121,86 @@ def test_lists_take_records_out_by_key_by_member_and_by_likeness(folder, tmp_pat
     assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")], near=3)) == [0]
 
 
+def test_a_benchmark_s_picture_is_found_among_sources_too(folder, tmp_path: Path) -> None:
+    path = folder(rows(4, phash=[0, None, 2**40, 2**50], phash_others=[[2**50, 2**60], [], [-1, 7], None]))
+    (tmp_path / "bench.txt").write_text(f"{2**60:016x}\n{2**64 - 1:016x}\n")
+    assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")])) == [1, 3]
+    assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")], near=1)) == [1, 3]
+    table = pq.read_table(path / f"a{SUFFIX}").drop(["phash_others"])
+    pq.write_table(table, path / f"a{SUFFIX}")
+    with pytest.raises(InputError, match="lacks one of phash and phash_others"):
+        select(path, Selection(decontaminate=[str(tmp_path / "bench.txt")]))
+
+
 def test_a_share_is_drawn_by_record_and_grows_with_itself(folder) -> None:
     path = folder(rows(100))
     half, most = (kept(path, Selection(share={"text_image": share})) for share in (0.5, 0.8))
     assert 35 <= len(half) <= 65 and set(half) < set(most)
     assert len(kept(path, Selection(share={"edit": 0.0}))) == 100
+
+
+def test_a_share_may_be_of_an_origin_or_a_score_and_the_smallest_holds(folder) -> None:
+    path = folder(rows(100, origin=["web"] * 50 + ["own"] * 50, words=[None if i % 2 else 5 for i in range(100)]))
+    assert all(i >= 50 for i in kept(path, Selection(share={"origin == web": 0.0})))
+    assert kept(path, Selection(share={"words >= 5": 0.0})) == list(range(1, 100, 2))  # a null is not drawn against
+    both = kept(path, Selection(share={"text_image": 0.8, "origin == own": 0.0}))
+    assert both == [i for i in kept(path, Selection(share={"text_image": 0.8})) if i < 50]
+    with pytest.raises(InputError, match="has no column bogus"):
+        select(path, Selection(share={"bogus == 3": 0.5}))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders, of records 0 to 3 and 4 to 7; 4 shows what 1 shows, and the second has no column words."""
+    listed = rows(8, picture=["a", "b", "c", "d", "b", "f", "g", "g"], words=[1, 9, 9, 9] + [None] * 4)
+    listed = [{**row, "phash": 1 << 7 * i, "phash_others": []} for i, row in enumerate(listed)]
+    for name, part, columns in (("one", listed[:4], COLUMNS), ("two", listed[4:], COLUMNS[1:])):
+        (tmp_path / name).mkdir()
+        table = pa.Table.from_pylist(part, schema=with_scores(columns))
+        pq.write_table(table, tmp_path / name / f"a{SUFFIX}")
+        (tmp_path / name / "a.tar").touch()
+    return tmp_path / "one", tmp_path / "two"
+
+
+def ids(folder: Path) -> list[int]:
+    found = pq.read_table(folder / KEEP)["sample_id"].to_pylist()
+    return [i for i in range(9) if sample_id(f"k{i}") in found]
+
+
+def test_duplicates_are_found_across_folders_and_each_keeps_its_own(folders: tuple[Path, Path]) -> None:
+    assert select(list(folders), Selection(duplicates="picture")) == [("duplicates: picture", 8, 6)]
+    assert [ids(folder) for folder in folders] == [[0, 1, 2, 3], [5, 6]]
+    funnels = [json.loads(pq.read_schema(folder / KEEP).metadata[b"funnel"]) for folder in folders]
+    assert funnels == [[["duplicates: picture", 4, 4]], [["duplicates: picture", 4, 2]]]
+    select(folders[::-1], Selection(duplicates="picture"))
+    assert [ids(folder) for folder in folders] == [[0, 2, 3], [4, 5, 6]]
+    with pytest.raises(InputError, match="named twice"):
+        select([folders[0], folders[0]], Selection())
+
+
+def test_a_folder_without_a_score_passes_whole_and_the_funnel_says_so(folders: tuple[Path, Path]) -> None:
+    ((rule, before, after),) = select(list(folders), Selection(where=["words >= 3"], scorers={"words": "quality"}))
+    assert rule == f"words >= 3 (no such column in {folders[1]})" and (before, after) == (8, 7)
+    with pytest.raises(InputError, match="has no column words"):
+        select(folders[1], Selection(where=["words >= 3"]))
+
+
+def test_a_takedown_reaches_every_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "gone.txt").write_text(f"k5\n{hashlib.sha256(b'k2').hexdigest()}\n")
+    select(list(folders), Selection(takedown=[str(tmp_path / "gone.txt")]))
+    assert [ids(folder) for folder in folders] == [[0, 1, 3], [4, 6, 7]]
+
+
+@pytest.mark.parametrize("bits", [0, 1, 4, 8])
+def test_hashes_near_forbidden_ones_are_those_of_a_full_comparison(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    forbidden = rng.integers(0, 2**63, 40, dtype=np.uint64)
+    flips = [sum(1 << int(b) for b in rng.choice(64, rng.integers(0, 12), replace=False)) for _ in range(400)]
+    strangers = rng.integers(0, 2**63, 99, np.uint64)
+    values = np.concatenate([np.repeat(forbidden, 10) ^ np.array(flips, np.uint64), strangers])
+    column = pa.chunked_array([pa.array(values.view(np.int64)), pa.nulls(3, pa.int64())])
+    expected = (np.bitwise_count(values[:, None] ^ forbidden[None, :]) <= bits).any(1).tolist() + [False] * 3
+    assert near_any(column, forbidden, bits).tolist() == expected and sum(expected) > 20
 
 
 def test_a_threshold_of_another_scorer_is_refused(folder) -> None:

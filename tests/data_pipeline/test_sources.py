@@ -72,6 +72,32 @@ def test_every_format_gives_the_same_records(form: str, root: Path) -> None:
     assert second.metadata["files"] == ["c.webp", "a.png"] and first.key != second.key
 
 
+def test_rows_state_their_licence_origin_and_split(root: Path) -> None:
+    edit = {"source": "a.png", "target": "b.jpg", "instruction": "go"}
+    rows = [
+        {**edit, "license": "CC0-1.0", "from": "web", "part": "validation"},
+        {**edit, "licence": 3, "from": None, "part": "train"},
+        edit,
+        {**edit, "part": "test"},
+        {**edit, "license": ["MIT"]},
+    ]
+    source = Manifest(
+        str(write(root / "t.jsonl", rows)), columns={"origin": "from", "split": "part"}, origin="album", licence="MIT"
+    )
+    found = [item for unit in source.units(9) for item in source.read(unit)]
+    facts = [(r.licence, r.origin, r.split) for r in found if isinstance(r, EditRecord)]
+    assert facts == [("CC0-1.0", "web", "val"), ("3", "album", "train"), ("MIT", "album", "")]
+    assert all(not {"license", "licence", "from", "part"} & r.metadata.keys() for r in found[:3])
+    wrong = [item.detail for item in found if isinstance(item, Rejected)]
+    assert "the split is 'test', expected train or val" in wrong[0] and "expected a text in licence" in wrong[1]
+
+
+def test_the_licence_of_a_session_is_that_of_its_turns(root: Path) -> None:
+    turn = {"prompt": "go", "input_images": ["a.png"], "output_images": ["b.jpg"]}
+    table = write(root / "t.jsonl", [{"data": [turn, turn], "license": "CC0-1.0"}])
+    assert [record.licence for record in read(Manifest(table, "imgedit"))] == ["CC0-1.0"] * 2
+
+
 def image(name: str, embedded: bool) -> dict[str, Any]:
     return {"bytes": DATA[name], "path": None} if embedded else {"bytes": None, "path": name}
 

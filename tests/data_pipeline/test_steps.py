@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipeline.records import EditRecord, EncodedImage, PromptRecord, Record, TextImageRecord
+from data_pipeline.errors import InputError
+from data_pipeline.executors.task import score_columns
+from data_pipeline.index import with_scores
+from data_pipeline.records import EditRecord, EncodedImage, PreferenceRecord, PromptRecord, Record, TextImageRecord
 from data_pipeline.steps.fingerprints import Fingerprint, phash
+from data_pipeline.steps.metadata import Metadata
 from data_pipeline.steps.pixels import pixels
 from data_pipeline.steps.quality import Change, Quality, change_mask, entropy, sharpness
 from data_pipeline.steps.similarity import Aesthetic, Consistency, Similarity
@@ -36,7 +41,7 @@ def flat(value: Sequence[int], height: int = 20, width: int = 10) -> np.ndarray:
     return np.broadcast_to(np.array(value, np.uint8), (height, width, 3))
 
 
-def edit(source: np.ndarray, target: np.ndarray, **metadata: str) -> EditRecord:
+def edit(source: np.ndarray, target: np.ndarray, **metadata: Any) -> EditRecord:
     return EditRecord("e", (png(source),), png(target), "do it", metadata=metadata)
 
 
@@ -100,7 +105,18 @@ def test_a_fingerprint_survives_size_and_compression_and_tells_pictures_apart() 
         assert bits(own, phash(np.asarray(Image.open(buffer)))) <= 4
     apart = [bits(a, b) for i, a in enumerate(prints) for b in prints[:i]]
     assert min(apart) > 8 and abs(np.mean(apart) - 32) < 2
-    assert Fingerprint().score([PROMPT]) == [{"phash": None}]
+    assert Fingerprint().score([PROMPT]) == [{"phash": None, "phash_others": []}]
+
+
+def test_every_picture_of_a_record_has_its_fingerprint() -> None:
+    first, second, target = (smooth(64) for _ in range(3))
+    records = [
+        EditRecord("e", (png(first), png(second)), png(target), "mix"),
+        PreferenceRecord("p", "x", png(target), png(first), (png(second),)),
+    ]
+    edited, preferred = Fingerprint().score(records)
+    assert edited == {"phash": phash(target), "phash_others": [phash(first), phash(second)]}
+    assert preferred == {"phash": phash(target), "phash_others": [phash(second), phash(first)]}
 
 
 def bits(a: int, b: int) -> int:
@@ -175,6 +191,30 @@ def test_ratings_and_consistency_by_hand() -> None:
     assert set(none.values()) == {None}
 
 
+def test_metadata_becomes_columns_of_its_kind() -> None:
+    step = Metadata({"task": "text", "o_score": "number"})
+    facts: list[dict[str, Any]] = [{"task": "swap", "o_score": "8.5"}, {"task": 3, "o_score": 9}, {}]
+    records = [edit(RED, GREEN, **each) for each in facts]
+    assert [tuple(row.values()) for row in step.score(records)] == [("swap", 8.5), ("3", 9.0), (None, None)]
+    odd = edit(RED, GREEN, task=["a"], o_score="nan")
+    assert [tuple(row.values()) for row in step.score([odd])] == [(None, None)]
+    with pytest.raises(InputError, match="names of metadata"):
+        Metadata({"a task": "text"})
+
+
+def test_two_scorers_of_a_kind_stand_side_by_side() -> None:
+    model = MeanColour()
+    steps = [
+        *(Consistency(model), Consistency(model, name="features"), Similarity(model), Similarity(model, name="dino")),
+        *(Aesthetic(model), Aesthetic(model, name="style")),
+    ]
+    names = [field.name for field in with_scores(score_columns(steps))]
+    assert {"distance_outside", "features_outside", "clip_image", "dino_image", "aesthetic", "style"} <= set(names)
+    for step in steps:
+        (row,) = step.score([edit(RED, GREEN)])
+        assert set(row) == {field.name for field in step.columns()}
+
+
 STEPS = [
     Quality(),
     Change(),
@@ -182,6 +222,7 @@ STEPS = [
     Similarity(MeanColour()),
     Aesthetic(MeanColour()),
     Consistency(MeanColour()),
+    Metadata({"task": "text"}),
 ]
 
 

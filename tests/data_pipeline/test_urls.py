@@ -21,7 +21,7 @@ from PIL import Image
 
 from data_pipeline.records import EditRecord, Rejected, TextImageRecord
 from data_pipeline.sources import UrlList
-from data_pipeline.sources.fetch import Limits, Refused, fetch, is_public, trusted
+from data_pipeline.sources.fetch import Limits, Unfetched, fetch, is_public, trusted
 
 
 def png(seed: int) -> bytes:
@@ -128,7 +128,7 @@ def limits(server: Server, **caps: Any) -> Limits:
 
 
 def refusal(url: str, caps: Limits) -> tuple[str, str]:
-    with pytest.raises(Refused) as raised:
+    with pytest.raises(Unfetched) as raised:
         fetch(url, caps)
     return raised.value.reason, raised.value.detail
 

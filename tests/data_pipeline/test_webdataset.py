@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import sidecar
+from data_pipeline.recipe import Recipe
 from data_pipeline.records import (
     EditRecord,
     EncodedImage,
@@ -28,7 +31,7 @@ from data_pipeline.records import (
     TextImageRecord,
 )
 from data_pipeline.shards import write_shard
-from data_pipeline.sources import WebDataset
+from data_pipeline.sources import Scenes, WebDataset
 
 
 def encoded(seed: int, form: str = "PNG") -> bytes:
@@ -88,6 +91,39 @@ def test_every_kind_of_record_is_read_back_as_it_was_written(
     assert read(shard) == records
     sidecar(shard).unlink()
     assert read(shard) == records
+
+
+def test_shards_of_a_build_are_known_by_its_manifest_and_not_read(tmp_path: Path) -> None:
+    manifest = Recipe(Scenes(1, 4, 0), records_per_shard=2).build(tmp_path / "in")
+    for shard in (tmp_path / "in").glob("*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    units = list(WebDataset(str(tmp_path / "in")).units(9))
+    assert [unit.content for unit in units] == [shard["sha256"] for shard in manifest["shards"]]
+    with open(tmp_path / "in" / units[0].name, "ab") as file:
+        file.write(bytes(512))
+    assert next(WebDataset(str(tmp_path / "in")).units(9)).content != units[0].content
+    (tmp_path / "in" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="unfinished build"):
+        list(WebDataset(str(tmp_path / "in")).units(9))
+
+
+def test_a_tar_by_others_is_known_by_samples_wherever_it_lies(tmp_path: Path) -> None:
+    def content(path: Path) -> str:
+        (unit,) = WebDataset(str(path)).units(9)
+        return unit.content
+
+    small = tar(tmp_path / "a.tar", [("0.png", A.data), ("0.txt", "x")])
+    shutil.copy(small, tmp_path / "b.tar")
+    os.utime(tmp_path / "b.tar", (0, 0))
+    assert content(small) == content(tmp_path / "b.tar")
+    for at in (0, 700, small.stat().st_size - 1):  # of a small one every byte counts
+        data = bytearray(small.read_bytes())
+        data[at] ^= 1
+        (tmp_path / "c.tar").write_bytes(data)
+        assert content(tmp_path / "c.tar") != content(small)
+    shutil.copy(small, tmp_path / "huge.tar")
+    os.truncate(tmp_path / "huge.tar", 1 << 42)  # no disk has it, and nobody waits for its sha256
+    assert content(tmp_path / "huge.tar") != content(small)
 
 
 IMG2DATASET = {
