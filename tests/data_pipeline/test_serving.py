@@ -197,7 +197,7 @@ def test_shards_without_anything_to_train_on_are_named(tmp_path: Path) -> None:
 def test_small_buckets_are_warned_of_and_batches_by_tokens(shards: str, caplog: pytest.LogCaptureFixture) -> None:
     data = module(shards, batch_size=100)
     data.setup("fit")
-    assert "samples for batches of 100: each is in a batch more than once" in caplog.text
+    assert "samples for batches of 100 on 1 ranks: batches are smaller" in caplog.text
     data = module(shards, batch_tokens=32, size_multiple=16)
     data.setup("fit")
     assert {b.task: len(b) for b in data.train_dataloader()} == {"edit": 1, "text_to_image": 2}
