@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from data_pipeline.errors import InputError
+from data_pipeline.index import mapped
 from data_pipeline.shards import atomic_save, atomic_write
 
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("xxh3", "<u8"), ("tar", "<i8")])
@@ -59,7 +59,6 @@ class FeatureStore:
         self._tars: list[Path] = []
         self._rows = np.empty(0, ROW)
         self._highs = np.empty(0, np.uint64)
-        self._files: dict[int, int] = {}
         self._pending: dict[str, bytes] = {}
         self._changed = -1
 
@@ -85,13 +84,11 @@ class FeatureStore:
         if row is None:
             return None
         _, _, offset, size, xxh3, tar = row
-        if tar not in self._files:
-            self._files[tar] = os.open(self._tars[tar], os.O_RDONLY | os.O_CLOEXEC)
-        data = os.pread(self._files[tar], size, offset)
+        data = mapped(str(self._tars[tar])).current()[1][offset : offset + size]
         if xxh3_64_intdigest(data) != xxh3:
             path = self._tars[tar]
             raise InputError(f"{path} is damaged at byte {offset}; delete {path} and {index_of(path)}")
-        return load(data)
+        return load(bytes(data))
 
     def read(self, name: str) -> Features:
         """An entry's tensors; a KeyError if there is none."""
@@ -156,7 +153,7 @@ class FeatureStore:
         self._highs = np.ascontiguousarray(self._rows["high"])
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}, "_pending": {}}  # a worker opens files itself, and adds nothing
+        return {**self.__dict__, "_pending": {}}  # a worker adds nothing
 
 
 def index_of(tar: Path) -> Path:

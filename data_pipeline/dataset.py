@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,8 @@ from data_pipeline.transforms import Size, decode, to_tensor
 
 Verify = Literal["first_epoch", "always", "never"]
 AHEAD = 3  # batches that a thread has ready or in the making
-SIDES = ("left", "right")  # words that a mirrored picture makes wrong
+# Words that a mirrored picture makes wrong, and those they are part of: "top-left", "leftmost", but not "bright".
+SIDES = re.compile(r"(?<![^\W\d_])(?:top|bottom|upper|lower)?(?:left|right)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Augmentation:
 
     def mirrored(self, draw: Draw, record: IndexedRecord, prompt: str) -> bool:
         """Whether this sample is mirrored in this epoch."""
-        if not self.flip or any(word in prompt.lower().split() for word in SIDES):
+        if not self.flip or SIDES.search(prompt):
             return False
         source = generator(self.seed, "flip", draw.epoch, record.sample_id)
         return bool(torch.rand((), generator=source) < self.flip)

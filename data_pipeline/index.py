@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -198,30 +199,42 @@ def _grouped(path: Path) -> Iterable[IndexedRecord]:
         yield current
 
 
-class _MappedFile:
+Stamp = tuple[int, int]  # size and time of change of a file
+
+
+class MappedFile:
     """A file mapped into memory; an evicted one goes when nobody holds a part of it any more."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.stamp: tuple[int, int] | None = None
-        self.view = memoryview(b"")
+        self.path = path
+        self._mapped: tuple[Stamp | None, memoryview] = None, memoryview(b"")
 
-    def refresh(self) -> None:
-        """Maps the file again if it has changed: what lies behind its end must not be touched."""
-        found = os.fstat(self.number)
-        if self.stamp != (found.st_size, found.st_mtime_ns):
-            self.stamp = found.st_size, found.st_mtime_ns
-            mapped = mmap.mmap(self.number, 0, prot=mmap.PROT_READ) if found.st_size else b""
-            self.view = memoryview(mapped)
+    def current(self) -> tuple[Stamp, memoryview]:
+        """The file's stamp and bytes, mapped again if it has changed: what lies behind its end must not be touched.
 
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        Threads share it, so both are replaced at once.
+        """
+        stamp, view = self._mapped
+        if stamp is None or stamp != stamp_of(os.stat(self.path)):
+            with open(self.path, "rb") as file:
+                stamp = stamp_of(os.fstat(file.fileno()))
+                view = memoryview(mmap.mmap(file.fileno(), stamp[0], prot=mmap.PROT_READ) if stamp[0] else b"")
+            self._mapped = stamp, view
+        return stamp, view
 
 
-@lru_cache(maxsize=128)
-def _mapped(path: str) -> _MappedFile:
-    return _MappedFile(path)
+def stamp_of(found: os.stat_result) -> Stamp:
+    """What a file that has changed differs in."""
+    return found.st_size, found.st_mtime_ns
+
+
+DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # that a process may have; -1 for any number
+
+
+@lru_cache(maxsize=128 if DESCRIPTORS < 0 else max(8, min(128, DESCRIPTORS // 4)))
+def mapped(path: str) -> MappedFile:
+    """A file that may be mapped already."""
+    return MappedFile(path)
 
 
 def read_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes:
@@ -239,14 +252,13 @@ def view_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes
         data = remote.read_range(record.shard, member.offset, member.offset + member.size)
     else:
         try:
-            file = _mapped(str(record.shard))
-            file.refresh()
-            if record.stamp and file.stamp != record.stamp:
+            stamp, view = mapped(str(record.shard)).current()
+            if record.stamp and stamp != record.stamp:
                 raise InputError(
                     f"{record.shard} was replaced or changed after this run had begun; start the run again, it goes on "
                     "where it stood if the samples are the same"
                 )
-            data = file.view[member.offset : member.offset + member.size]
+            data = view[member.offset : member.offset + member.size]
         except OSError as error:
             raise InputError(f"cannot read {record.shard}: {error.strerror}; build or index it again") from error
     if len(data) != member.size:

@@ -19,7 +19,7 @@ from data_pipeline.shards import atomic_write
 
 AT_ONCE = 32  # ranges; a store answers each in tens of milliseconds, and many in the same time
 GAP = 1 << 16  # bytes between members that are fetched along rather than asked for apart
-SWEEP = 64  # entries written between two looks at how much the folder holds
+SWEEP = 64  # one in so many entries, by its name, has us look at how much the folder holds
 
 
 @dataclass
@@ -37,7 +37,6 @@ class LocalCopies:
     def __post_init__(self) -> None:
         if self.gigabytes <= 0:
             raise InputError(f"remote_copies.gigabytes must be above 0, got {self.gigabytes:g}")
-        self._written = 0
 
     def read(self, url: str, content: str, start: int, end: int) -> bytes:
         """A range, from the folder or fetched; `content` tells one state of the file from another."""
@@ -50,14 +49,12 @@ class LocalCopies:
             data = remote.read_range(url, start, end)
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, data + xxh3_64_digest(data))
-            self._sweep()
+            if int(path.name[:8], 16) % SWEEP == 0:
+                self._sweep()
         return data
 
     def _sweep(self) -> None:
-        """Deletes the oldest entries beyond the limit, now and then."""
-        self._written += 1
-        if self._written % SWEEP != 1:
-            return
+        """Deletes the oldest entries beyond the limit."""
         entries = []
         for entry in os.scandir(self.folder):
             try:

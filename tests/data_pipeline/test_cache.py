@@ -185,3 +185,15 @@ def test_wrong_options_of_the_command_are_named(
 def test_names_do_not_meet_by_chance() -> None:
     keys = {cache.key_of(f"name {i}") for i in range(10_000)}
     assert len(keys) == 10_000 and np.mean([low & 1 for _, low in keys]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_more_tars_than_a_process_may_open_are_read(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "import torch; from data_pipeline.cache import FeatureStore\n"
+        "store = FeatureStore(sys.argv[1], 'a' * 64)\n"
+        "for i in range(100):\n"
+        "    store.add(f'name {i}', {'moments': torch.full((2,), float(i))}); store.commit()\n"
+        "assert all(store.get(f'name {i}')['moments'][0] == i for i in range(100))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])

@@ -6,6 +6,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,11 @@ def test_the_folder_of_copies_is_bounded(served: ServingIndex, tmp_path: Path, m
     assert 0 < held < 10_000 + 32 * 4_000
     with pytest.raises(InputError, match="gigabytes must be above 0"):
         LocalCopies(str(tmp_path), 0)
+
+
+def test_many_threads_may_keep_one_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "read_range", lambda url, start, end: bytes(range(start, end)))
+    copies = LocalCopies(str(tmp_path / "copies"))
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda _: copies.read("http://store/a.tar", "1", 3, 200), range(64)))
+    assert set(found) == {bytes(range(3, 200))} and len(list((tmp_path / "copies").iterdir())) == 1

@@ -170,6 +170,25 @@ def test_mirroring_takes_target_and_references_alike_and_spares_texts_with_sides
 
 
 @pytest.mark.parametrize(
+    ("prompt", "sided"),
+    [
+        ("move it to the left.", True),
+        ("the top-left corner", True),
+        ("a left-hand drive car", True),
+        ("the cup (right)", True),
+        ("Right of the tree", True),
+        ("the leftmost of three, upper_left", True),
+        ("the bottomright square", True),
+        ("a bright, upright copyright sign", False),
+        ("a cleft rock", False),
+    ],
+)
+def test_a_text_that_speaks_of_a_side_is_never_mirrored(shards: str, prompt: str, sided: bool) -> None:
+    record = load_index(Path(shards))[0]
+    assert Augmentation(flip=1.0).mirrored(Draw(("edit", ()), 0, 0), record, prompt) is not sided
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"shards": ["nowhere"]}, "there is no folder of shards at nowhere"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from micro import micro_shards
 from data_pipeline.dataset import PlannedDataset
 from data_pipeline.errors import InputError
 from data_pipeline.foreign import index
-from data_pipeline.index import load_index, read_member, read_prompt
+from data_pipeline.index import MappedFile, load_index, read_member, read_prompt
 from data_pipeline.plan import Draw, PlannedBatch
 from data_pipeline.recipe import Recipe
 from data_pipeline.regroup import Rule
@@ -165,3 +168,25 @@ def test_tars_by_others_are_served_where_they_lie(tmp_path: Path) -> None:
         for name in record.members
         if name != "json"
     )
+
+
+def test_two_threads_may_map_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(b"whole")
+    inside, go_on = threading.Event(), threading.Event()
+    plain = mmap.mmap
+
+    def slow(*args, **options) -> mmap.mmap:
+        inside.set()
+        assert go_on.wait(10)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(mmap, "mmap", slow)
+    file = MappedFile(str(tmp_path / "a.tar"))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(file.current)
+        assert inside.wait(10)
+        second = pool.submit(file.current)
+        with pytest.raises(TimeoutError):
+            second.result(0.1)  # it waits or maps the file too, and never takes what is not there yet
+        go_on.set()
+        assert bytes(first.result()[1]) == bytes(second.result()[1]) == b"whole"
