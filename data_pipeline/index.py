@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from xxhash import xxh3_64_intdigest
@@ -48,6 +49,7 @@ COLUMNS = [
     name for name in SCHEMA.names if name not in ("origin", "licence", "text_length", "text_sha256", "pictures_sha256")
 ]
 KEEP = "keep.parquet"
+DECIDED = b"indexes"  # in its metadata: the state of the indexes that it was decided on
 SUFFIX = ".index.parquet"
 LOCATION = b"location"  # of the tar, in a sidecar's metadata, where it is not beside it: an absolute path or a URL
 TEXT_FIELDS = ("json", "txt")  # every record has one of them, and one row that is its text's
@@ -96,7 +98,7 @@ class IndexedRecord:
     split: str
     sample_id: int
     members: dict[str, Member] = field(default_factory=dict)
-    stamp: tuple[int, ...] = ()  # size and time of change that the tar must still have, where they are known
+    stamp: tuple[int, int | str] | None = None  # size and time of change (of a URL: its tag) that the tar must have
     held: dict[str, bytes] = field(default_factory=dict)  # members that were fetched ahead
 
 
@@ -134,17 +136,44 @@ def load_index(folder: Path) -> list[IndexedRecord]:
     folder = Path(folder)
     records = [record for path in sidecars(folder) for record in _grouped(path)]
     kept = kept_ids(folder)
-    return records if kept is None else [record for record in records if record.sample_id in kept]
+    if kept is None:
+        return records
+    chosen = set(kept.tolist())
+    return [record for record in records if record.sample_id in chosen]
 
 
-def kept_ids(folder: Path) -> set[int] | None:
-    """The sample ids that a selection kept; None where nothing was selected."""
-    if not (folder / KEEP).is_file():
+def kept_ids(folder: Path) -> np.ndarray | None:
+    """The sample ids that a selection kept, sorted; None where nothing was selected.
+
+    Raises InputError where other indexes lie there now than it decided on: their records would never be trained on.
+    """
+    path = folder / KEEP
+    if not path.is_file():
         return None
     try:
-        return set(pq.read_table(folder / KEEP, columns=["sample_id"])["sample_id"].to_pylist())
+        table = pq.read_table(path, columns=["sample_id"])
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"{folder / KEEP} is damaged, select again: {error}") from error
+        raise InputError(f"{path} is damaged, select again: {error}") from error
+    if (table.schema.metadata or {}).get(DECIDED, b"").decode() != state_of(sidecars(folder)):
+        raise InputError(
+            f"{path} was decided on other indexes than lie in {folder} now; select again: python -m data_pipeline "
+            f"select {folder}, or delete {path} to train on all records"
+        )
+    ids: np.ndarray = np.sort(table["sample_id"].to_numpy())
+    return ids
+
+
+def state_of(listed: Sequence[Path]) -> str:
+    """A hash of indexes by their names, sizes and Parquet footers, which say where all columns lie and their bounds."""
+    digest = hashlib.sha256()
+    for path in listed:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            footer = int.from_bytes(file.read(4), "little") + 8
+            file.seek(max(0, size - footer))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()
 
 
 def location(path: Path) -> str:
@@ -249,6 +278,7 @@ def view_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes
     if name in record.held:
         data = record.held[name]
     elif isinstance(record.shard, str):
+        check_remote(record)
         data = remote.read_range(record.shard, member.offset, member.offset + member.size)
     else:
         try:
@@ -272,6 +302,12 @@ def view_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes
             "damaged or changed; build it again, or index it again if it is not ours"
         )
     return data
+
+
+def check_remote(record: IndexedRecord) -> None:
+    """Refuses a record of a tar behind a URL that is not what was indexed."""
+    if record.stamp is not None:
+        remote.check_unchanged(str(record.shard), record.stamp[0], str(record.stamp[1]))
 
 
 def read_prompt(record: IndexedRecord, verify: bool = False) -> str:

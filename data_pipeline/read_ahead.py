@@ -14,7 +14,7 @@ from xxhash import xxh3_64_digest
 
 from data_pipeline import remote
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, Member
+from data_pipeline.index import IndexedRecord, Member, check_remote
 from data_pipeline.shards import atomic_write
 
 AT_ONCE = 32  # ranges; a store answers each in tens of milliseconds, and many in the same time
@@ -78,9 +78,12 @@ def fetched(
     records: Sequence[IndexedRecord], names: Sequence[str] | None = None, copies: LocalCopies | None = None
 ) -> list[IndexedRecord]:
     """The records, with those members at hand (None: all) where they lie behind URLs."""
-    if not any(isinstance(record.shard, str) for record in records):
+    tars = {record.shard: record for record in records if isinstance(record.shard, str)}
+    if not tars:
         return list(records)
-    return list(_pool(os.getpid()).map(lambda record: fetch(record, names, copies), records))
+    pool = _pool(os.getpid())
+    list(pool.map(check_remote, tars.values()))
+    return list(pool.map(lambda record: fetch(record, names, copies), records))
 
 
 def fetch(record: IndexedRecord, names: Sequence[str] | None, copies: LocalCopies | None) -> IndexedRecord:

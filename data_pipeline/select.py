@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import KEEP, TEXT_FIELDS, location, sidecars
+from data_pipeline.index import DECIDED, KEEP, TEXT_FIELDS, location, sidecars, state_of
 from data_pipeline.shards import atomic_write
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, 2^64 over the golden ratio: spreads a key over the upper bits
@@ -114,7 +114,9 @@ def select(folder: Path, rules: Selection) -> list[tuple[str, int, int]]:
     if rules.share:
         narrow("share", drawn(table, rules.share))
     buffer = io.BytesIO()
-    kept = table.select(["sample_id"]).replace_schema_metadata({"funnel": json.dumps(funnel)})
+    kept = table.select(["sample_id"]).replace_schema_metadata(
+        {"funnel": json.dumps(funnel), DECIDED: state_of(listed)}
+    )
     pq.write_table(kept, buffer, compression="zstd")
     atomic_write(Path(folder) / KEEP, buffer.getvalue())
     return funnel

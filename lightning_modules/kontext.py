@@ -14,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from data_pipeline.batches import ImageBatch
+from data_pipeline.batches import TASKS, ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
-from data_pipeline.regroup import TASKS
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.autoencoder import sample_latents

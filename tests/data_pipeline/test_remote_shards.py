@@ -85,6 +85,7 @@ def test_a_server_that_never_recovers_is_a_named_error(
 def test_a_record_is_one_request(served: ServingIndex, server: Server) -> None:
     ((stream, count),) = [(s, n) for s, n in served.streams["train"].items() if s[0] == "edit"]
     records = [served.record("train", stream, i) for i in range(count)]
+    fetched([served.record("train", stream, i) for i in range(count)], [])  # asks once for each tar what it is now
     before = server.requests
     found = fetched(records)
     assert server.requests - before == count
@@ -123,3 +124,11 @@ def test_many_threads_may_keep_one_range(tmp_path: Path, monkeypatch: pytest.Mon
     with ThreadPoolExecutor(32) as pool:
         found = list(pool.map(lambda _: copies.read("http://store/a.tar", "1", 3, 200), range(64)))
     assert set(found) == {bytes(range(3, 200))} and len(list((tmp_path / "copies").iterdir())) == 1
+
+
+def test_a_tar_replaced_behind_a_url_is_named(served: ServingIndex, server: Server) -> None:
+    epoch(served)
+    remote.check_unchanged.cache_clear()  # another run
+    server.tag = '"2"'
+    with pytest.raises(InputError, match=r"replaced since it was indexed: .* the tag \"2\", .*; index it again"):
+        epoch(served)
