@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from xxhash import xxh3_64_digest
 
 from data_pipeline import remote
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, Member, check_remote
+from data_pipeline.index import TEXT_FIELDS, IndexedRecord, Member, check_remote, read_prompt
 from data_pipeline.shards import atomic_write
 
 AT_ONCE = 32  # ranges; a store answers each in tens of milliseconds, and many in the same time
@@ -84,6 +85,13 @@ def fetched(
     pool = _pool(os.getpid())
     list(pool.map(check_remote, tars.values()))
     return list(pool.map(lambda record: fetch(record, names, copies), records))
+
+
+def prompts(records: Iterable[IndexedRecord], copies: LocalCopies | None = None) -> Iterator[str]:
+    """The records' captions and instructions, those behind URLs many at a time."""
+    waiting = iter(records)
+    while chunk := list(islice(waiting, AT_ONCE)):
+        yield from map(read_prompt, fetched(chunk, TEXT_FIELDS, copies))
 
 
 def fetch(record: IndexedRecord, names: Sequence[str] | None, copies: LocalCopies | None) -> IndexedRecord:

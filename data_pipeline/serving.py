@@ -165,6 +165,11 @@ class ServingIndex:
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return ServingIndex, (self.folder,)  # another process maps the files itself
 
+    def pictures(self, part: str, sets: Container[str] | None = None) -> int:
+        """How many pictures the records of a part and of these sets (None: of all) have."""
+        streams = self.streams[part].items()
+        return sum(len(bucket) * count for (name, bucket), count in streams if sets is None or name in sets)
+
     def records(self, part: str, sets: Container[str] | None = None) -> Iterator[tuple[Bucket, IndexedRecord]]:
         """All records of a part and of these sets (None: of all), with their buckets, stream by stream."""
         for stream, count in self.streams[part].items():

@@ -15,6 +15,7 @@ from data_pipeline.pictures import on_white
 from data_pipeline.shards import READABLE, SIDEWAYS
 
 Size = tuple[int, int]  # (height, width) in pixels
+REVISION = 1  # of how pixels are decoded and resized: features of pixels made otherwise are not found in a cache
 
 
 def fit_size(height: int, width: int, image_size: int, multiple: int) -> Size:

@@ -154,6 +154,11 @@ class KontextModule(L.LightningModule):
                 logger.info("compiling the blocks for %s", batch.task)
                 self.compile_for(batch)
 
+    def teardown(self, stage: str) -> None:
+        """Writes the text embeddings that the cache has not written yet."""
+        if self._prompts is not None and self._prompts.store is not None:
+            self._prompts.store.commit()
+
     def compile_for(self, batch: ImageBatch) -> None:
         """A forward and a backward pass that leave no trace: every draw is counted, and gradients are dropped."""
         parameters = [p for _, p in self.trainable_parameters()]

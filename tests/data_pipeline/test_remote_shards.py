@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ from micro import micro_shards
 from servers import Server
 
 from data_pipeline import read_ahead, remote
-from data_pipeline.dataset import PlannedDataset
+from data_pipeline.cache import FeatureStore, fill
+from data_pipeline.datamodule import ShardDataModule
+from data_pipeline.dataset import PlannedDataset, wanted_features
 from data_pipeline.errors import InputError
 from data_pipeline.foreign import index
 from data_pipeline.plan import Plan
@@ -132,3 +135,48 @@ def test_a_tar_replaced_behind_a_url_is_named(served: ServingIndex, server: Serv
     server.tag = '"2"'
     with pytest.raises(InputError, match=r"replaced since it was indexed: .* the tag \"2\", .*; index it again"):
         epoch(served)
+
+
+def test_validation_and_texts_use_the_local_copies(
+    served: ServingIndex, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copies = LocalCopies(str(tmp_path / "copies"))
+    data = ShardDataModule([str(tmp_path / "indexes")], batch_size=4, val_batches=2, remote_copies=copies)
+    data.setup("fit")
+
+    def read() -> int:
+        before = server.requests
+        assert len(list(data.val_dataloader())) == 2 and data.sample_batches(1) and list(data.prompts())
+        assert list(data.first_batches())
+        return server.requests - before
+
+    assert read() > 0 and read() == 0
+
+
+def test_filling_a_cache_waits_for_many_ranges_at_a_time(
+    served: ServingIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, running, most = remote.read_range, [], []
+
+    def slow(url: str, start: int, end: int) -> bytes:
+        running.append(start)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.remove(start)
+        return plain(url, start, end)
+
+    monkeypatch.setattr(remote, "read_range", slow)
+    wanted = wanted_features(served.records("train"), False)
+    assert fill(FeatureStore(tmp_path / "cache", "f" * 64), Means(), wanted, served.pictures("train")) > 40
+    assert max(most) > 4
+
+
+class Means:
+    fingerprint = "f" * 64
+
+    def to(self, device: str) -> None:
+        pass
+
+    def encode(self, inputs: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [{"moments": pixels.mean(0)} for pixels in inputs]
