@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -128,6 +129,14 @@ def table_of(parts: Sequence[Part]) -> np.ndarray:
     return table
 
 
+def mapped_array(path: Path) -> np.ndarray:
+    """An array in a file that is read here and there: what lies beside a row is not read along."""
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    found.base.madvise(mmap.MADV_RANDOM)
+    array: np.ndarray = found.view(np.ndarray)
+    return array
+
+
 def rows_each(bucket: Bucket) -> int:
     """Rows of a record: target, references and text."""
     return len(bucket) + 1
@@ -145,10 +154,7 @@ class ServingIndex:
     def __init__(self, folder: Path) -> None:
         index = json.loads((folder / "index.json").read_text())
         self.folder, self.content = folder, index["content"]
-        self._rows, self._shards = (
-            np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            for name in ("rows.npy", "shards.npy")
-        )
+        self._rows, self._shards = (mapped_array(folder / name) for name in ("rows.npy", "shards.npy"))
         self._columns: dict[tuple[str, Stream], tuple[str, int]] = {}
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
         self.tasks: dict[str, str] = {}
