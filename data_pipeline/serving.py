@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,7 @@ def build(root: Path, folders: Folders, rule: Rule) -> Path:
                 )
                 parts = list(progress(calls, len(jobs), "indexes"))
                 merge(output, [(name, part) for (name, *_), part in zip(jobs, parts, strict=True)])
-        os.utime(output)
+        os.utime(output, ns=(time.time_ns(), time.time_ns()))  # finer than the system's own
         forget(root)
     return output
 
