@@ -30,6 +30,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/framework_overhead.py
 	$(BIN)/python tests/benchmarks/build_shards.py
 	$(BIN)/python tests/benchmarks/select_records.py
+	$(BIN)/python tests/benchmarks/serve_triplets.py
+	$(BIN)/python tests/benchmarks/plan_billion.py
 
 data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1

@@ -68,6 +68,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     encode.add_argument("--latents", default=f"{ENCODERS}.LatentEncoder", help='class of the pictures\' encoder, or ""')
     encode.add_argument("--texts", default=f"{ENCODERS}.TextEncoder", help='class of the texts\' encoder, or ""')
     encode.add_argument("--index_root", type=Path, default=Path("data/index"), help="as data.index_root of the run")
+    encode.add_argument("--device", default="auto", help="what encodes: auto is a GPU where there is one")
     arguments, rest = parser.parse_known_args(argv)
     prefix = {"build": "--source.", "select": "--rules."}.get(arguments.command, "--none.")
     unknown = [option for option in rest if option.startswith("-") and not option.startswith(prefix)]

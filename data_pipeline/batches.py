@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 References = Tensor | list[list[Tensor]] | None
+TASKS = {"text_image": "text_to_image", "edit": "edit"}  # the task that trains on a kind of record
 
 
 @dataclass
@@ -26,7 +27,7 @@ class ImageBatch:
         references: None, (B, R, 3, h, w) where all samples have equal ones, or per sample a list of (3, h, w); in
             [-1, 1], moments instead of pixels if `encoded`.
         encoded: whether target and references are autoencoder moments.
-        contents: B lists of what names the pictures in a cache, target first; None where there is no cache.
+        contents: B lists of what names the pictures in a cache, target first; None where the pictures are of no shard.
         phase: number of the run's resolution that the batch is of.
         metadata: B records' facts, for rewards; None where they are not known.
     """

@@ -9,30 +9,45 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import logging
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load, save
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from data_pipeline.errors import InputError
+from data_pipeline.index import mapped
+from data_pipeline.progress import progress
 from data_pipeline.shards import atomic_save, atomic_write
 
+logger = logging.getLogger(__name__)
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("xxh3", "<u8"), ("tar", "<i8")])
-ENTRIES = 1024  # of a tar: what a killed process has to encode again
+ENTRIES, BYTES = 1024, 1 << 28  # of a tar, at most: what memory holds, and a killed process has to encode again
 TOGETHER = 64  # inputs that are loaded before they are encoded
+READERS = 16  # threads that load them: decoding takes processors, and shards behind URLs waiting
 Features = dict[str, Tensor]
 
 
 class Encoder(Protocol):
     """What turns pictures or texts into features; an input's bits do not depend on what is encoded beside it."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """What no encoder of other features has."""
+        ...
+
+    def to(self, device: torch.device | str) -> object:
+        """Moves the encoder; what it encodes may lie anywhere."""
+        ...
 
     def encode(self, inputs: Sequence[Any]) -> list[Features]:
         """The features of each input; pixels (3, H, W) in [-1, 1] of one shape, or texts."""
@@ -57,10 +72,9 @@ class FeatureStore:
         self.folder, self.fingerprint = Path(root) / fingerprint[:16], fingerprint
         self._check()
         self._tars: list[Path] = []
-        self._rows = np.empty(0, ROW)
-        self._highs = np.empty(0, np.uint64)
-        self._files: dict[int, int] = {}
+        self._tables: list[tuple[np.ndarray, np.ndarray]] = []  # sorted rows and their upper halves, the largest first
         self._pending: dict[str, bytes] = {}
+        self._pending_bytes = 0
         self._changed = -1
 
     def _check(self) -> None:
@@ -75,9 +89,9 @@ class FeatureStore:
                 "another folder for the cache"
             )
 
-    def has_all(self, names: Iterable[str]) -> bool:
-        """Whether every entry is there to be read."""
-        return all(self._find(name) is not None for name in names)
+    def __contains__(self, name: str) -> bool:
+        """Whether an entry is there to be read."""
+        return self._find(name) is not None
 
     def get(self, name: str) -> Features | None:
         """An entry's tensors, or None if there is none. Raises InputError if it was damaged."""
@@ -85,27 +99,23 @@ class FeatureStore:
         if row is None:
             return None
         _, _, offset, size, xxh3, tar = row
-        if tar not in self._files:
-            self._files[tar] = os.open(self._tars[tar], os.O_RDONLY | os.O_CLOEXEC)
-        data = os.pread(self._files[tar], size, offset)
+        data = mapped(str(self._tars[tar])).current()[1][offset : offset + size]
         if xxh3_64_intdigest(data) != xxh3:
             path = self._tars[tar]
             raise InputError(f"{path} is damaged at byte {offset}; delete {path} and {index_of(path)}")
-        return load(data)
-
-    def read(self, name: str) -> Features:
-        """An entry's tensors; a KeyError if there is none."""
-        found = self.get(name)
-        if found is None:
-            raise KeyError(name)
-        return found
+        return load(bytes(data))
 
     def add(self, name: str, features: Features) -> None:
-        """Keeps an entry; it can be read when `commit` has run, by itself after every ENTRIES entries."""
-        if self._find(name) is None:
+        """Keeps an entry; it can be read when `commit` has run, by itself when there is enough for a tar."""
+        if name not in self and name not in self._pending:
             self._pending[name] = save({key: value.detach().cpu().contiguous() for key, value in features.items()})
-        if len(self._pending) >= ENTRIES:
+            self._pending_bytes += len(self._pending[name])
+        if len(self._pending) >= ENTRIES or self._pending_bytes >= BYTES:
             self.commit()
+
+    def pending(self, name: str) -> bool:
+        """Whether an entry was added that `commit` has not written yet."""
+        return name in self._pending
 
     def commit(self) -> None:
         """Writes what was added, as one tar and its index, whole or not at all."""
@@ -123,6 +133,7 @@ class FeatureStore:
         atomic_write(path, buffer.getvalue())
         atomic_save(index_of(path), rows)  # last: it marks the end
         self._pending.clear()
+        self._pending_bytes = 0
 
     def _find(self, name: str) -> tuple[int, ...] | None:
         key = key_of(name)
@@ -134,29 +145,31 @@ class FeatureStore:
         return found
 
     def _look_up(self, high: int, low: int) -> tuple[int, ...] | None:
-        at = int(self._highs.searchsorted(np.uint64(high)))
-        while at < len(self._rows):
-            row: tuple[int, ...] = self._rows[at].item()
-            if row[:2] == (high, low):
-                return row
-            if row[0] != high:
-                break
-            at += 1
+        for rows, highs in self._tables:
+            at = int(highs.searchsorted(np.uint64(high)))
+            while at < len(rows) and highs[at] == high:
+                row: tuple[int, ...] = rows[at].item()
+                if row[1] == low:
+                    return row
+                at += 1
         return None
 
     def _read_indexes(self) -> None:
-        """Tables of tars that were finished since."""
+        """Tables of tars that were finished since, merged with those that are not much larger: none is sorted often."""
         known = set(self._tars)
         new = [path for path in sorted(self.folder.glob("*.tar")) if path not in known and index_of(path).is_file()]
         tables = [np.load(index_of(path), allow_pickle=False) for path in new]
         for number, table in enumerate(tables, len(self._tars)):
             table["tar"] = number
         self._tars += new
-        self._rows = np.sort(np.concatenate([self._rows, *tables]), order=["high", "low"])
-        self._highs = np.ascontiguousarray(self._rows["high"])
+        while self._tables and len(self._tables[-1][0]) <= 2 * sum(map(len, tables)):
+            tables.append(self._tables.pop()[0])
+        if tables:
+            rows = np.sort(np.concatenate(tables), order=["high", "low"])
+            self._tables.append((rows, np.ascontiguousarray(rows["high"])))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}, "_pending": {}}  # a worker opens files itself, and adds nothing
+        return {**self.__dict__, "_pending": {}, "_pending_bytes": 0}  # a worker adds nothing
 
 
 def index_of(tar: Path) -> Path:
@@ -164,32 +177,66 @@ def index_of(tar: Path) -> Path:
     return tar.with_suffix(".npy")
 
 
-def fill(store: FeatureStore, encoder: Encoder, wanted: Iterable[tuple[str, Callable[[], Any]]]) -> int:
+def fill(store: FeatureStore, encoder: Encoder, wanted: Iterable[tuple[str, Callable[[], Any]]], total: int) -> int:
     """Encodes the entries that are not there, and returns how many; started again, it goes on.
+
+    One process at a time: those of other machines wait, and then find the entries.
 
     Args:
         store: where they go.
         encoder: of the store's fingerprint.
-        wanted: names, and what loads the input of each; neighbours of one shape are encoded together.
+        wanted: names, and what loads the input of each.
+        total: how many.
     """
-    count, batch = 0, dict[str, Any]()
+    count, batch = 0, dict[str, Callable[[], Any]]()
+    with locked(store.folder / ".lock"), ThreadPoolExecutor(READERS) as pool:
 
-    def flush() -> None:
-        for name, features in zip(batch, encoder.encode(list(batch.values())), strict=True):
-            store.add(name, features)
-        batch.clear()
+        def flush() -> None:
+            inputs = list(pool.map(lambda read: read(), batch.values()))
+            for name, features in zip(batch, encoder.encode(inputs), strict=True):
+                store.add(name, features)
+            batch.clear()
 
-    for name, read in wanted:
-        if name in batch or store.has_all([name]):
-            continue
-        value = read()
-        if batch and getattr(value, "shape", None) != getattr(next(iter(batch.values())), "shape", None):
+        for name, read in progress(wanted, total, "features"):
+            if name not in batch and not store.pending(name) and name not in store:
+                batch[name] = read
+                count += 1
+            if len(batch) == TOGETHER:
+                flush()
+        if batch:
             flush()
-        batch[name] = value
-        count += 1
-        if len(batch) == TOGETHER:
-            flush()
-    if batch:
-        flush()
-    store.commit()
+        store.commit()
     return count
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock; says so where it has to be waited for."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("waiting for another process that fills %s", path.parent)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_filled(store: FeatureStore, names: Iterable[str]) -> None:
+    """Refuses a store that lacks any of the entries, with their number and what else the cache holds."""
+    absent, total, first = 0, 0, ""
+    for total, name in enumerate(names, 1):  # noqa: B007
+        if name not in store:
+            absent, first = absent + 1, first or name
+    if not absent:
+        return
+    abouts = sorted(store.folder.parent.glob("*/encoder.json"))
+    others = [about.parent.name for about in abouts if about.parent != store.folder]
+    hint = f" (it holds those of other encoders: {', '.join(others)})" if others else ""
+    raise InputError(
+        f"the cache {store.folder.parent} has no entry of the encoder {store.folder.name} for {absent:,} of {total:,} "
+        f"pictures, first {first}{hint}; fill it with python -m data_pipeline cache, give the checkpoint folder that "
+        'it was filled with, or set cache.fill to "ahead" or "lazy"'
+    )

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from data_pipeline import scenes, serving
 from data_pipeline.batches import ImageBatch
-from data_pipeline.cache import FeatureStore, fill
+from data_pipeline.cache import FeatureStore, check_filled, fill
 from data_pipeline.dataset import (
     Augmentation,
     PlannedDataset,
@@ -25,12 +25,13 @@ from data_pipeline.dataset import (
     ThreadedLoader,
     TimedLoader,
     Verify,
+    single_thread,
     wanted_features,
 )
 from data_pipeline.errors import InputError
-from data_pipeline.index import SCHEMA, IndexedRecord, read_prompt
+from data_pipeline.index import SCHEMA, IndexedRecord
 from data_pipeline.plan import Bucket, Draw, Plan, PlannedBatch, Stream
-from data_pipeline.read_ahead import LocalCopies
+from data_pipeline.read_ahead import LocalCopies, prompts
 from data_pipeline.recipe import Recipe
 from data_pipeline.regroup import Rule
 from data_pipeline.serving import ServingIndex
@@ -155,12 +156,22 @@ class ShardDataModule(L.LightningDataModule):
                     logger.info("building scene shards in %s", folder)
                     self.scenes.recipe().build(folder)
         self._load()
-        if self.cache is not None and self.cache.fill == "ahead":
-            encoder = self._encoder()
-            records = (found for index in self.indexes for found in self._records(index))
-            wanted = wanted_features(records, self.augmentation.flip > 0)
-            if count := fill(FeatureStore(self.cache.folder, encoder.fingerprint), encoder, wanted):
-                logger.info("encoded %d pictures, once, for the cache in %s", count, self.cache.folder)
+        if self.cache is not None and self.cache.fill != "lazy":
+            self._fill(FeatureStore(self.cache.folder, self._encoder().fingerprint), self.cache.fill == "ahead")
+
+    def _fill(self, store: FeatureStore, encode: bool) -> None:
+        """Encodes what the cache lacks, on the device that trains, or refuses it."""
+        flips = self.augmentation.flip > 0
+        wanted = wanted_features((found for index in self.indexes for found in self._records(index)), flips)
+        if not encode:
+            return check_filled(store, (name for name, _ in wanted))
+        encoder = self._encoder()
+        assert self.trainer is not None
+        encoder.to(self.trainer.strategy.root_device)
+        total = sum(i.pictures("train", self._trained(i.streams["train"])) for i in self.indexes) * (1 + flips)
+        if count := fill(store, encoder, wanted, total):
+            logger.info("encoded %d pictures, once, for the cache in %s", count, store.folder)
+        encoder.to("cpu")
 
     def setup(self, stage: str) -> None:
         """Reads the indexes and sorts out what can be trained on."""
@@ -254,9 +265,8 @@ class ShardDataModule(L.LightningDataModule):
             self.indexes, "train", self._store, self.augmentation, self.verify, require, self.remote_copies
         )
         sampler = PlanSampler(self._planned, self._length)
-        if not self.num_workers:
-            return TimedLoader(ThreadedLoader(dataset, sampler))
-        return TimedLoader(self._loader(dataset, sampler, self.num_workers))
+        workers = self.num_workers
+        return TimedLoader(self._loader(dataset, sampler, workers) if workers else ThreadedLoader(dataset, sampler))
 
     def _loader(self, dataset: PlannedDataset, sampler: Any, workers: int) -> DataLoader[ImageBatch]:
         return DataLoader(
@@ -283,20 +293,20 @@ class ShardDataModule(L.LightningDataModule):
         """Fixed batches of held-out records, sets in turn."""
         index, part = self._held_out()
         streams = index.streams[part]
-        plan = Plan(
-            streams, {name: (self.ratio or {})[name] for name in self._trained(streams)}, self.samples, self.seed
-        )
+        ratio = {name: (self.ratio or {})[name] for name in self._trained(streams)}
+        plan = Plan(streams, ratio, self.samples, self.seed)
         planned = [next(plan) for _ in range(self.val_batches)]
-        return self._loader(PlannedDataset([index], part), PlanSampler(partial(iter, planned), planned.__len__), 0)
+        dataset = PlannedDataset([index], part, self._store, copies=self.remote_copies)
+        return self._loader(dataset, PlanSampler(partial(iter, planned), planned.__len__), 0)
 
     def prompts(self) -> Iterator[str]:
         """The texts that will be trained on, in stored order."""
-        return (read_prompt(record) for _, record in self._records(self.indexes[0]))
+        return prompts((record for _, record in self._records(self.indexes[0])), self.remote_copies)
 
     def first_batches(self) -> Iterator[ImageBatch]:
         """The first training batch of each set."""
         waiting = set(self._trained(self.indexes[0].streams["train"]))
-        dataset = PlannedDataset(self.indexes, "train", self._store, self.augmentation)
+        dataset = PlannedDataset(self.indexes, "train", self._store, self.augmentation, copies=self.remote_copies)
         plan = self.plans()[0]
         while waiting:
             planned = next(plan)
@@ -313,7 +323,7 @@ class ShardDataModule(L.LightningDataModule):
             counts = {stream: count for stream, count in index.streams[part].items() if stream[0] == name}
             stream = max(counts, key=counts.__getitem__)
             draws = tuple(Draw(stream, i, 0) for i in range(min(num_samples, counts[stream])))
-            batches.append(PlannedDataset([index], part)[PlannedBatch(draws)])
+            batches.append(PlannedDataset([index], part, copies=self.remote_copies)[PlannedBatch(draws)])
         return batches
 
     def content(self) -> str:
@@ -335,8 +345,3 @@ class ShardDataModule(L.LightningDataModule):
             )
         for plan, saved in zip(self.consumed, state["plans"], strict=True):
             plan.load_state_dict(saved)
-
-
-def single_thread(worker: int) -> None:
-    """Decoding processes take one thread each, and leave the others to training."""
-    torch.set_num_threads(1)

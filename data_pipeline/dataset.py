@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +23,12 @@ from data_pipeline.index import TEXT_FIELDS, IndexedRecord, read_text, view_memb
 from data_pipeline.plan import PHASE_EPOCHS, Bucket, Draw, PlannedBatch
 from data_pipeline.read_ahead import LocalCopies, fetched
 from data_pipeline.serving import ServingIndex
-from data_pipeline.transforms import Size, decode, to_tensor
+from data_pipeline.transforms import REVISION, Size, decode, to_tensor
 
 Verify = Literal["first_epoch", "always", "never"]
 AHEAD = 3  # batches that a thread has ready or in the making
-SIDES = ("left", "right")  # words that a mirrored picture makes wrong
+# Words that a mirrored picture makes wrong, and those they are part of: "top-left", "leftmost", but not "bright".
+SIDES = re.compile(r"(?<![^\W\d_])(?:top|bottom|upper|lower)?(?:left|right)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Augmentation:
 
     def mirrored(self, draw: Draw, record: IndexedRecord, prompt: str) -> bool:
         """Whether this sample is mirrored in this epoch."""
-        if not self.flip or any(word in prompt.lower().split() for word in SIDES):
+        if not self.flip or SIDES.search(prompt):
             return False
         source = generator(self.seed, "flip", draw.epoch, record.sample_id)
         return bool(torch.rand((), generator=source) < self.flip)
@@ -61,7 +63,8 @@ def sized(record: IndexedRecord, bucket: Bucket) -> list[tuple[str, Size]]:
 
 def content_name(record: IndexedRecord, name: str, size: Size, mirrored: bool) -> str:
     """What a cache knows a picture by: its bytes and what was done to them before it was encoded."""
-    return f"{record.members[name].sha256} {size[0]}x{size[1]}{' mirrored' if mirrored else ''}"
+    done = f"{size[0]}x{size[1]} revision {REVISION}{' mirrored' if mirrored else ''}"
+    return f"{record.members[name].sha256} {done}"
 
 
 def wanted_features(
@@ -260,3 +263,8 @@ class PlanSampler(DistributedSampler[PlannedBatch]):
 
     def __len__(self) -> int:
         return self.length()
+
+
+def single_thread(worker: int) -> None:
+    """Decoding processes take one thread each, and leave the others to training."""
+    torch.set_num_threads(1)

@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipeline import serving
 from data_pipeline.cache import Encoder, FeatureStore, fill
 from data_pipeline.dataset import wanted_features
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, read_prompt
+from data_pipeline.index import IndexedRecord
 from data_pipeline.plan import Bucket
+from data_pipeline.read_ahead import prompts
 from data_pipeline.regroup import Rule
 from data_pipeline.serving import ServingIndex
 from data_pipeline.transforms import check_size
@@ -32,6 +35,7 @@ class Encoding:
         image_size, size_multiple: as the run has them.
         mirrored: encode pictures mirrored too, for runs with `augmentation.flip`.
         index_root: as the run has it.
+        device: what encodes; "auto" is a GPU where there is one.
     """
 
     shards: Sequence[str]
@@ -43,22 +47,29 @@ class Encoding:
     size_multiple: int
     mirrored: bool
     index_root: Path
+    device: str = "auto"
 
     def run(self) -> str:
         """Encodes what is not there yet, and says how much that was."""
         check_size(self.image_size, self.size_multiple)
-        rule = Rule(self.image_size, self.size_multiple, 0.0)
-        index = ServingIndex(serving.build(self.index_root, {"": self.shards}, rule))
-        wanted: dict[str, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]] = {
-            self.latents: lambda: wanted_features(records(index), self.mirrored),
-            self.texts: lambda: ((text, partial(str, text)) for text in texts(index)),
+        index = ServingIndex(
+            serving.build(self.index_root, {"": self.shards}, Rule(self.image_size, self.size_multiple))
+        )
+        pictures = sum(index.pictures(part) for part in index.streams) * (1 + self.mirrored)
+        count = sum(sum(streams.values()) for streams in index.streams.values())
+        wanted: dict[str, tuple[int, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]]] = {
+            self.latents: (pictures, lambda: wanted_features(records(index), self.mirrored)),
+            self.texts: (count, lambda: ((text, partial(str, text)) for text in texts(index))),
         }
+        device = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(self.device, self.device)
         lines = []
-        for path, items in wanted.items():
+        for path, (total, items) in wanted.items():
             if path:
                 encoder = named(path, self.pretrained)
                 store = FeatureStore(self.output, encoder.fingerprint)
-                lines.append(f"{path}: {fill(store, encoder, items()):,} new entries in {store.folder}")
+                encoder.to(device)
+                new = fill(store, encoder, items(), total)
+                lines.append(f"{path} on {device}: {new:,} new entries in {store.folder}")
         return "\n".join(lines)
 
 
@@ -69,7 +80,7 @@ def records(index: ServingIndex) -> Iterator[tuple[Bucket, IndexedRecord]]:
 
 def texts(index: ServingIndex) -> Iterator[str]:
     """All texts."""
-    return (read_prompt(record) for _, record in records(index))
+    return prompts(record for _, record in records(index))
 
 
 def named(path: str, pretrained: str) -> Encoder:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import mmap
 import os
+import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from xxhash import xxh3_64_intdigest
@@ -47,6 +49,7 @@ COLUMNS = [
     name for name in SCHEMA.names if name not in ("origin", "licence", "text_length", "text_sha256", "pictures_sha256")
 ]
 KEEP = "keep.parquet"
+DECIDED = b"indexes"  # in its metadata: the state of the indexes that it was decided on
 MANIFEST = "manifest.json"  # of a finished build
 SUFFIX = ".index.parquet"
 LOCATION = b"location"  # of the tar, in a sidecar's metadata, where it is not beside it: an absolute path or a URL
@@ -96,7 +99,7 @@ class IndexedRecord:
     split: str
     sample_id: int
     members: dict[str, Member] = field(default_factory=dict)
-    stamp: tuple[int, ...] = ()  # size and time of change that the tar must still have, where they are known
+    stamp: tuple[int, int | str] | None = None  # size and time of change (of a URL: its tag) that the tar must have
     held: dict[str, bytes] = field(default_factory=dict)  # members that were fetched ahead
 
 
@@ -168,17 +171,44 @@ def load_index(folder: Path) -> list[IndexedRecord]:
     folder = Path(folder)
     records = [record for path in sidecars(folder) for record in records_in(path)]
     kept = kept_ids(folder)
-    return records if kept is None else [record for record in records if record.sample_id in kept]
+    if kept is None:
+        return records
+    chosen = set(kept.tolist())
+    return [record for record in records if record.sample_id in chosen]
 
 
-def kept_ids(folder: Path) -> set[int] | None:
-    """The sample ids that a selection kept; None where nothing was selected."""
-    if not (folder / KEEP).is_file():
+def kept_ids(folder: Path) -> np.ndarray | None:
+    """The sample ids that a selection kept, sorted; None where nothing was selected.
+
+    Raises InputError where other indexes lie there now than it decided on: their records would never be trained on.
+    """
+    path = folder / KEEP
+    if not path.is_file():
         return None
     try:
-        return set(pq.read_table(folder / KEEP, columns=["sample_id"])["sample_id"].to_pylist())
+        table = pq.read_table(path, columns=["sample_id"])
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"{folder / KEEP} is damaged, select again: {error}") from error
+        raise InputError(f"{path} is damaged, select again: {error}") from error
+    if (table.schema.metadata or {}).get(DECIDED, b"").decode() != state_of(sidecars(folder)):
+        raise InputError(
+            f"{path} was decided on other indexes than lie in {folder} now; select again: python -m data_pipeline "
+            f"select {folder}, or delete {path} to train on all records"
+        )
+    ids: np.ndarray = np.sort(table["sample_id"].to_numpy())
+    return ids
+
+
+def state_of(listed: Sequence[Path]) -> str:
+    """A hash of indexes by their names, sizes and Parquet footers, which say where all columns lie and their bounds."""
+    digest = hashlib.sha256()
+    for path in listed:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            footer = int.from_bytes(file.read(4), "little") + 8
+            file.seek(max(0, size - footer))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()
 
 
 def location(path: Path) -> str:
@@ -236,30 +266,42 @@ def records_of(rows: Iterable[Mapping[str, Any]], shard: Path | str, place: str)
         yield current
 
 
-class _MappedFile:
+Stamp = tuple[int, int]  # size and time of change of a file
+
+
+class MappedFile:
     """A file mapped into memory; an evicted one goes when nobody holds a part of it any more."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.stamp: tuple[int, int] | None = None
-        self.view = memoryview(b"")
+        self.path = path
+        self._mapped: tuple[Stamp | None, memoryview] = None, memoryview(b"")
 
-    def refresh(self) -> None:
-        """Maps the file again if it has changed: what lies behind its end must not be touched."""
-        found = os.fstat(self.number)
-        if self.stamp != (found.st_size, found.st_mtime_ns):
-            self.stamp = found.st_size, found.st_mtime_ns
-            mapped = mmap.mmap(self.number, 0, prot=mmap.PROT_READ) if found.st_size else b""
-            self.view = memoryview(mapped)
+    def current(self) -> tuple[Stamp, memoryview]:
+        """The file's stamp and bytes, mapped again if it has changed: what lies behind its end must not be touched.
 
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        Threads share it, so both are replaced at once.
+        """
+        stamp, view = self._mapped
+        if stamp is None or stamp != stamp_of(os.stat(self.path)):
+            with open(self.path, "rb") as file:
+                stamp = stamp_of(os.fstat(file.fileno()))
+                view = memoryview(mmap.mmap(file.fileno(), stamp[0], prot=mmap.PROT_READ) if stamp[0] else b"")
+            self._mapped = stamp, view
+        return stamp, view
 
 
-@lru_cache(maxsize=128)
-def _mapped(path: str) -> _MappedFile:
-    return _MappedFile(path)
+def stamp_of(found: os.stat_result) -> Stamp:
+    """What a file that has changed differs in."""
+    return found.st_size, found.st_mtime_ns
+
+
+DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # that a process may have; -1 for any number
+
+
+@lru_cache(maxsize=128 if DESCRIPTORS < 0 else max(8, min(128, DESCRIPTORS // 4)))
+def mapped(path: str) -> MappedFile:
+    """A file that may be mapped already."""
+    return MappedFile(path)
 
 
 def read_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes:
@@ -274,17 +316,17 @@ def view_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes
     if name in record.held:
         data = record.held[name]
     elif isinstance(record.shard, str):
+        check_remote(record)
         data = remote.read_range(record.shard, member.offset, member.offset + member.size)
     else:
         try:
-            file = _mapped(str(record.shard))
-            file.refresh()
-            if record.stamp and file.stamp != record.stamp:
+            stamp, view = mapped(str(record.shard)).current()
+            if record.stamp and stamp != record.stamp:
                 raise InputError(
                     f"{record.shard} was replaced or changed after this run had begun; start the run again, it goes on "
                     "where it stood if the samples are the same"
                 )
-            data = file.view[member.offset : member.offset + member.size]
+            data = view[member.offset : member.offset + member.size]
         except OSError as error:
             raise InputError(f"cannot read {record.shard}: {error.strerror}; build or index it again") from error
     if len(data) != member.size:
@@ -298,6 +340,12 @@ def view_member(record: IndexedRecord, name: str, verify: bool = False) -> bytes
             "damaged or changed; build it again, or index it again if it is not ours"
         )
     return data
+
+
+def check_remote(record: IndexedRecord) -> None:
+    """Refuses a record of a tar behind a URL that is not what was indexed."""
+    if record.stamp is not None:
+        remote.check_unchanged(str(record.shard), record.stamp[0], str(record.stamp[1]))
 
 
 def read_prompt(record: IndexedRecord, verify: bool = False) -> str:

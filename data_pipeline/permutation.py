@@ -42,3 +42,23 @@ class KeyedPermutation:
             mixed = (mixed ^ (mixed >> HALF)) * MIX2
             left, right = right, left ^ ((mixed >> HALF) & self.mask)
         return (left << self.shift) | right
+
+
+class HalfwisePermutation:
+    """The order of an epoch of n things: each half in a new order, what is in it the same in all epochs, so that the
+    last half of one epoch and the first half of the next hold nothing in common.
+    """
+
+    def __init__(self, n: int, key: str, epoch: int) -> None:
+        self.half = n // 2
+        self.halves = KeyedPermutation(n, key.encode())
+        self.first = KeyedPermutation(self.half, f"{key}/{epoch}/first".encode())
+        self.last = KeyedPermutation(n - self.half, f"{key}/{epoch}/last".encode())
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """What stands at each place, int64."""
+        within = np.empty_like(places)
+        early = places < self.half
+        within[early] = self.first(places[early])
+        within[~early] = self.half + self.last(places[~early] - self.half)
+        return self.halves(within)

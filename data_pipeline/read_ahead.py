@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from xxhash import xxh3_64_digest
 
 from data_pipeline import remote
 from data_pipeline.errors import InputError
-from data_pipeline.index import IndexedRecord, Member
+from data_pipeline.index import TEXT_FIELDS, IndexedRecord, Member, check_remote, read_prompt
 from data_pipeline.shards import atomic_write
 
 AT_ONCE = 32  # ranges; a store answers each in tens of milliseconds, and many in the same time
 GAP = 1 << 16  # bytes between members that are fetched along rather than asked for apart
-SWEEP = 64  # entries written between two looks at how much the folder holds
+SWEEP = 64  # one in so many entries, by its name, has us look at how much the folder holds
 
 
 @dataclass
@@ -37,7 +38,6 @@ class LocalCopies:
     def __post_init__(self) -> None:
         if self.gigabytes <= 0:
             raise InputError(f"remote_copies.gigabytes must be above 0, got {self.gigabytes:g}")
-        self._written = 0
 
     def read(self, url: str, content: str, start: int, end: int) -> bytes:
         """A range, from the folder or fetched; `content` tells one state of the file from another."""
@@ -50,14 +50,12 @@ class LocalCopies:
             data = remote.read_range(url, start, end)
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, data + xxh3_64_digest(data))
-            self._sweep()
+            if int(path.name[:8], 16) % SWEEP == 0:
+                self._sweep()
         return data
 
     def _sweep(self) -> None:
-        """Deletes the oldest entries beyond the limit, now and then."""
-        self._written += 1
-        if self._written % SWEEP != 1:
-            return
+        """Deletes the oldest entries beyond the limit."""
         entries = []
         for entry in os.scandir(self.folder):
             try:
@@ -81,9 +79,19 @@ def fetched(
     records: Sequence[IndexedRecord], names: Sequence[str] | None = None, copies: LocalCopies | None = None
 ) -> list[IndexedRecord]:
     """The records, with those members at hand (None: all) where they lie behind URLs."""
-    if not any(isinstance(record.shard, str) for record in records):
+    tars = {record.shard: record for record in records if isinstance(record.shard, str)}
+    if not tars:
         return list(records)
-    return list(_pool(os.getpid()).map(lambda record: fetch(record, names, copies), records))
+    pool = _pool(os.getpid())
+    list(pool.map(check_remote, tars.values()))
+    return list(pool.map(lambda record: fetch(record, names, copies), records))
+
+
+def prompts(records: Iterable[IndexedRecord], copies: LocalCopies | None = None) -> Iterator[str]:
+    """The records' captions and instructions, those behind URLs many at a time."""
+    waiting = iter(records)
+    while chunk := list(islice(waiting, AT_ONCE)):
+        yield from map(read_prompt, fetched(chunk, TEXT_FIELDS, copies))
 
 
 def fetch(record: IndexedRecord, names: Sequence[str] | None, copies: LocalCopies | None) -> IndexedRecord:

@@ -1,4 +1,4 @@
-"""One sidecar index regrouped for training: its records by stream, in an array that is mapped and read row by row.
+"""One sidecar index regrouped for training: its records by stream, in an array of fixed width.
 
 Everything here works on columns, so that a billion records cost arithmetic and not a Python object each.
 """
@@ -6,7 +6,6 @@ Everything here works on columns, so that a billion records cost arithmetic and 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.batches import TASKS
 from data_pipeline.errors import InputError
 from data_pipeline.index import place_of, shard_of
 from data_pipeline.plan import Bucket
-from data_pipeline.shards import atomic_save, atomic_write
+from data_pipeline.transforms import fit_sizes
 
-TASKS = {"text_image": "text_to_image", "edit": "edit"}  # the task that trains on a kind of record
 SETS = ("text_to_image", "edit", "multi_reference", "multi_turn")  # what the records of one folder fall into
 COLUMNS = ["key", "kind", "split", "sample_id", "turn", "field", "extension", "offset", "size", "width", "height"]
 COLUMNS += ["sha256", "xxh3"]
@@ -28,6 +27,7 @@ NUMBERS = ["sample_id", "offset", "size", "width", "height", "xxh3"]
 REFERENCES = 64  # at most, of one record
 TEXT = REFERENCES + 1  # the first role behind those of pictures
 UNUSED = TEXT + 2
+Group = tuple[str, str, Bucket]  # part, set and bucket of records
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,32 @@ class Rule:
 
     image_size: int
     multiple: int
-    val_fraction: float
+    val_fraction: float = 0.02
 
 
-def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> None:
-    """Writes the records of a sidecar, sorted by stream; each has its target, its references and its text adjacent.
+@dataclass(frozen=True)
+class Part:
+    """A sidecar regrouped.
 
-    Args:
-        path: the sidecar index.
-        rule: how records fall into streams.
-        kept: sample ids that a selection kept; None keeps all.
-        output: a JSON file that says what is in the array beside it: the groups, the tar, a hash of the samples' ids.
+    Attributes:
+        rows: the array's file: target, references and text of each record adjacent, records of a group adjacent.
+        dtype: its fields.
+        groups: number of records by part, set and bucket, in the array's order.
+        shard: location of the tar, its size in bytes, and what changes with its content.
+        place: a name of this state of the tar.
+        digest: a hash of the samples' ids.
     """
+
+    rows: Path
+    dtype: np.dtype[np.void]
+    groups: dict[Group, int]
+    shard: tuple[str, int, str]
+    place: str
+    digest: str
+
+
+def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> Part:
+    """Writes the records of a sidecar, sorted by stream, to `output`; `kept` are sorted sample ids, None keeps all."""
     try:
         table = pq.read_table(path, columns=COLUMNS).combine_chunks()
     except (pa.ArrowException, OSError) as error:
@@ -66,8 +80,8 @@ def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> No
     first = np.flatnonzero(np.diff(record, prepend=-1))
     trained = np.isin(strings(table["kind"])[first], list(TASKS))
     if kept is not None:
-        trained &= np.isin(table["sample_id"].to_numpy()[first], kept)
-    rows = np.flatnonzero((role < UNUSED) & trained[record] & ~second_text(record, role))
+        trained &= among(table["sample_id"].to_numpy()[first], kept)
+    rows = np.flatnonzero((role < UNUSED) & trained[record])
     rows = rows[np.lexsort((role[rows], record[rows]))]
     signatures, places = np.unique(signature(table, rows, record[rows], role[rows], rule), axis=0, return_inverse=True)
     counts = np.bincount(places, minlength=len(signatures))
@@ -75,33 +89,45 @@ def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> No
     order = sorted(range(len(names)), key=names.__getitem__)  # one order for all shards
     rank = np.argsort(order)[places]
     rows = rows[np.argsort(np.repeat(rank, lengths(record[rows])), kind="stable")]
-    chosen, extensions = array(table.take(pa.array(rows)), role[rows])
-    about = {
-        "shard": str(shard),
-        "stamp": stamp(shard, facts, ends(table)),
-        "place": place_of(facts),
-        "extensions": extensions,
-        "groups": [[*names[i], int(counts[i])] for i in order],
-        "digest": hashlib.sha256(chosen["sample_id"].tobytes()).hexdigest(),
-    }
-    atomic_save(output.with_suffix(".npy"), chosen)
-    atomic_write(output, json.dumps(about).encode())  # last: it marks the end
+    chosen = array(table.take(pa.array(rows)), role[rows])
+    np.save(output, chosen, allow_pickle=False)
+    return Part(
+        output,
+        chosen.dtype,
+        {names[i]: int(counts[i]) for i in order},
+        (str(shard), *stamp(shard, facts, ends(table))),
+        place_of(facts),
+        hashlib.sha256(chosen["sample_id"].tobytes()).hexdigest(),
+    )
 
 
-def array(table: pa.Table, role: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Rows of an index as one array of fixed width, which worker processes map without any library; the extensions.
+def among(ids: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Which ids are in a sorted array."""
+    if not len(kept):
+        return np.zeros(len(ids), bool)
+    found: np.ndarray = kept[np.minimum(kept.searchsorted(ids), len(kept) - 1)] == ids
+    return found
 
-    A sha256 or xxh3 that is not known is 0.
+
+def array(table: pa.Table, role: np.ndarray) -> np.ndarray:
+    """Rows of an index as one array of fixed width, which worker processes map without any library.
+
+    A sha256 or xxh3 that is not known is 0; `shard` is left for the array that holds those of all tars.
     """
-    keys = np.asarray([key.encode() for key in table["key"].to_pylist()], dtype=np.bytes_)
-    extension = table["extension"].combine_chunks().dictionary_encode()
-    fields = [("key", keys.dtype), ("role", "u1"), ("extension", "u1"), ("sha256", "S32")]
-    rows = np.empty(len(keys), dtype=[*fields, *((name, "<u8" if name == "xxh3" else "<i8") for name in NUMBERS)])
-    rows["key"], rows["role"], rows["extension"] = keys, role, extension.indices.to_numpy()
+    texts = {
+        name: np.asarray([value.encode() for value in table[name].to_pylist()], dtype=np.bytes_)
+        for name in ("key", "extension")
+    }
+    fields = [*((name, column.dtype) for name, column in texts.items()), ("role", "u1"), ("shard", "<i4")]
+    numbers = [(name, "<u8" if name == "xxh3" else "<i8") for name in NUMBERS]
+    rows = np.zeros(table.num_rows, dtype=[*fields, ("sha256", "S32"), *numbers])
+    rows["role"] = role
+    for name, column in texts.items():
+        rows[name] = column
     rows["sha256"] = [digest or b"" for digest in table["sha256"].to_pylist()]
     for name in NUMBERS:
         rows[name] = table[name].fill_null(0).to_numpy()
-    return rows, extension.dictionary.to_pylist()
+    return rows
 
 
 def numbered(keys: pa.ChunkedArray) -> np.ndarray:
@@ -131,11 +157,6 @@ def name_of_role(role: int, target: str) -> str:
     return "txt" if role == TEXT else "json"
 
 
-def second_text(record: np.ndarray, role: np.ndarray) -> np.ndarray:
-    """The JSON members of records whose prompt lies in a text member of its own."""
-    return (role == TEXT + 1) & np.isin(record, record[role == TEXT])
-
-
 def lengths(record: np.ndarray) -> np.ndarray:
     """Rows of each record."""
     return np.diff(np.flatnonzero(np.diff(record, prepend=-1, append=-1)))
@@ -147,7 +168,7 @@ def signature(table: pa.Table, rows: np.ndarray, record: np.ndarray, role: np.nd
     local = np.cumsum(np.diff(record, prepend=-1) != 0) - 1
     picture = role < TEXT
     width, height = (table[name].to_numpy()[rows] for name in ("width", "height"))
-    sizes = fit_sizes(height[picture], width[picture], rule)
+    sizes = fit_sizes(np.stack([height[picture], width[picture]], 1), rule.image_size, rule.multiple)
     references = np.bincount(local[picture], minlength=len(first)) - 1
     if (role[first] != 0).any() or (lengths(record) != references + 2).any():
         raise InputError("the index has a record without its target, a reference or its text; build or index it again")
@@ -163,14 +184,7 @@ def signature(table: pa.Table, rows: np.ndarray, record: np.ndarray, role: np.nd
     return np.column_stack([held_out.astype(np.int64), sets, shapes.reshape(len(first), 2 * shapes.shape[1])])
 
 
-def fit_sizes(height: np.ndarray, width: np.ndarray, rule: Rule) -> np.ndarray:
-    """`transforms.fit_size` of many pictures, (N, 2)."""
-    sides = np.stack([height, width], axis=1).astype(np.float64)
-    fitted = np.rint(sides * (rule.image_size / sides.max(1, keepdims=True, initial=1)) / rule.multiple)
-    return np.maximum(1, fitted).astype(np.int64) * rule.multiple
-
-
-def signed(row: list[int]) -> tuple[str, str, Bucket]:
+def signed(row: list[int]) -> Group:
     """A signature as part, set and bucket."""
     sizes = tuple((row[i], row[i + 1]) for i in range(2, len(row), 2) if row[i])
     return ("val" if row[0] else "train"), SETS[row[1]], sizes
@@ -181,17 +195,20 @@ def ends(table: pa.Table) -> int:
     return int((table["offset"].to_numpy() + table["size"].to_numpy()).max(initial=0))
 
 
-def stamp(shard: Path | str, facts: Mapping[bytes, bytes], end: int) -> list[int]:
-    """Size and time of change of a local tar, which must hold all that its index names; nothing of one behind a URL."""
+def stamp(shard: Path | str, facts: Mapping[bytes, bytes], end: int) -> tuple[int, str]:
+    """Size and time of change of a local tar, which must be what was indexed; of one behind a URL as they were then."""
+    size, changed = (facts.get(name, b"").decode() for name in (b"bytes", b"stamp"))
     if isinstance(shard, str):
-        return []
+        return int(size), changed
     try:
         found = shard.stat()
     except OSError as error:
         raise InputError(f"cannot read {shard}: {error.strerror}; build or index it again") from error
-    if found.st_size < end or facts.get(b"bytes", str(found.st_size).encode()) != str(found.st_size).encode():
+    if found.st_size < end or size not in ("", str(found.st_size)):
         raise InputError(
-            f"{shard} has {found.st_size} bytes, its index is of a tar of {facts.get(b'bytes', b'').decode() or end}: "
-            "it was replaced or cut; build or index it again"
+            f"{shard} has {found.st_size} bytes, its index is of a tar of {size or end}: it was replaced or cut; build "
+            "or index it again"
         )
-    return [found.st_size, found.st_mtime_ns]
+    if changed not in ("", str(found.st_mtime_ns)):
+        raise InputError(f"{shard} was changed after it was indexed, so its pictures may be others; index it again")
+    return found.st_size, str(found.st_mtime_ns)

@@ -7,7 +7,8 @@ FSSPEC_S3_ENDPOINT_URL).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import fsspec
@@ -46,7 +47,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def stat(url: str) -> tuple[int, str]:
-    """Size in bytes and what changes with the content (an entity tag or a time; "" where the store has neither)."""
+    """Size in bytes and what changes with the content."""
     files, path = filesystem(url)
     facts = retried(url, lambda: files.info(path))
     if facts.get("type") == "directory" or facts.get("size") is None:
@@ -54,7 +55,25 @@ def stat(url: str) -> tuple[int, str]:
     size = int(facts["size"])
     if url.startswith("http") and size > 1:
         retried(url, lambda: check_ranges(files, path, size))
-    return size, next((str(facts[name]) for name in STAMPS if facts.get(name)), "")
+    return size, tag_of(facts)
+
+
+@lru_cache(maxsize=1 << 16)
+def check_unchanged(url: str, size: int, tag: str) -> None:
+    """Refuses a file that is not what was indexed, by its size and tag; each process asks once for each file."""
+    files, path = filesystem(url)
+    facts = retried(url, lambda: files.info(path))
+    found = int(facts.get("size") or 0), tag_of(facts)
+    if found != (size, tag):
+        raise InputError(
+            f"{url} was replaced since it was indexed: it has {found[0]} bytes and the tag {found[1] or 'none'}, the "
+            f"index is of {size} bytes and {tag or 'none'}; index it again"
+        )
+
+
+def tag_of(facts: Mapping[str, Any]) -> str:
+    """What changes with a file's content: an entity tag or a time; "" where the store has neither."""
+    return next((str(facts[name]) for name in STAMPS if facts.get(name)), "")
 
 
 def check_ranges(files: Any, path: str, size: int) -> None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from data_pipeline.duplicates import any_near, first_of_equal, first_of_near
 from data_pipeline.errors import InputError
-from data_pipeline.index import KEEP, TEXT_FIELDS, location, sidecars
+from data_pipeline.index import DECIDED, KEEP, TEXT_FIELDS, location, sidecars, state_of
 from data_pipeline.progress import progress
 from data_pipeline.shards import atomic_write
 
@@ -141,7 +141,9 @@ def per_folder(table: pa.Table, folders: int) -> list[int]:
 def write_kept(folder: Path, table: pa.Table, funnel: Sequence[tuple[str, int, int]]) -> None:
     """Writes a folder's keep.parquet."""
     buffer = io.BytesIO()
-    kept = table.select(["sample_id"]).replace_schema_metadata({"funnel": json.dumps(funnel)})
+    kept = table.select(["sample_id"]).replace_schema_metadata(
+        {"funnel": json.dumps(funnel), DECIDED: state_of(sidecars(folder))}
+    )
     pq.write_table(kept, buffer, compression="zstd")
     atomic_write(folder / KEEP, buffer.getvalue())
 

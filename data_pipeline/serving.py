@@ -1,6 +1,7 @@
-"""The index that training reads: how many records each shard has for each stream, and any record on demand.
+"""The index that training reads: how many records there are of each stream, and any record on demand.
 
-Memory holds one count a shard and stream. Where a record lies is read from its shard's regrouped file, mapped on use.
+All records lie in one array, stream by stream, which is mapped: memory holds a few numbers a stream, however many
+shards there are.
 """
 
 from __future__ import annotations
@@ -8,57 +9,65 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
+import re
+import shutil
+import time
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from data_pipeline.index import KEEP, SUFFIX, IndexedRecord, Member, kept_ids, named, shard_at, sidecars
+from data_pipeline.batches import TASKS
+from data_pipeline.index import KEEP, SUFFIX, IndexedRecord, Member, kept_ids, location, named, shard_at, sidecars
 from data_pipeline.plan import Bucket, Stream
 from data_pipeline.progress import progress
-from data_pipeline.regroup import TASKS, Rule, name_of_role, regroup
-from data_pipeline.shards import atomic_write
+from data_pipeline.regroup import Group, Part, Rule, name_of_role, regroup
+from data_pipeline.shards import atomic_save, atomic_write
 
 logger = logging.getLogger(__name__)
-VERSION = "1"  # of the regrouped files: others are made again
-MAPPED = 256  # regrouped files open at a time
-Group = tuple[str, str, Bucket]  # part, set by kind, bucket: records of one shard that are adjacent
+VERSION = "2"  # of the folders: others are made again
+KEPT = 16  # folders that are not deleted, the last used ones: each selection, image size and set of folders has its own
+OURS = re.compile(r"[0-9a-f]{20}(\.json|\.npy)?")
+Column = tuple[str, Group]  # a set's name or "", and a group: records of one stream
 Folders = Mapping[str, Sequence[str]]  # folders of shards by the name of their set; "" lets the records name it
 
 
 def build(root: Path, folders: Folders, rule: Rule) -> Path:
-    """Regroups every sidecar that is new or has changed, and sums up: returns the folder of a `ServingIndex`."""
+    """Regroups all sidecars unless this was done before; returns the folder of a `ServingIndex`."""
     root.mkdir(parents=True, exist_ok=True)
-    jobs: list[tuple[str, Path, Path, np.ndarray | None]] = []
-    for name, folder in ((name, Path(folder)) for name, many in folders.items() for folder in many):
-        ids = kept_ids(folder)
-        kept = None if ids is None else np.sort(np.fromiter(ids, np.int64, len(ids)))
-        for path in sidecars(folder):
-            file = root / f"{digest(VERSION, rule, facts(path), facts(folder / KEEP))}.json"
-            jobs.append((name, path, file, kept))
-    output = root / digest([(name, file.name) for name, _, file, _ in jobs])
+    sources = [(name, Path(folder)) for name, many in folders.items() for folder in many]
+    jobs = [(name, path, facts(path), facts(folder / KEEP)) for name, folder in sources for path in sidecars(folder)]
+    kept = {folder: kept_ids(folder) for _, folder in sources}
+    output = root / digest(VERSION, rule, jobs)
     with FileLock(root / ".lock"):
-        missing = [job for job in jobs if not job[2].is_file()]
-        if missing:
-            logger.info("sorting %d indexes for training, once, in %s", len(missing), root)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            calls = pool.map(lambda job: regroup(job[1], rule, job[3], job[2]), missing)
-            for _ in progress(calls, len(missing), "indexes") if missing else ():
-                pass
         if not (output / "index.json").is_file():
-            sum_up(output, [(name, file) for name, _, file, _ in jobs])
+            logger.info("sorting %d indexes for training, once, in %s", len(jobs), root)
+            with TemporaryDirectory(dir=root) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+                calls = pool.map(
+                    lambda i: regroup(jobs[i][1], rule, kept[jobs[i][1].parent], Path(scratch, f"{i}.npy")),
+                    range(len(jobs)),
+                )
+                parts = list(progress(calls, len(jobs), "indexes"))
+                merge(output, [(name, part) for (name, *_), part in zip(jobs, parts, strict=True)])
+        os.utime(output, ns=(time.time_ns(), time.time_ns()))  # finer than the system's own
+        forget(root)
     return output
 
 
 def facts(path: Path) -> list[object]:
-    """What tells a sidecar, with the tar beside it, or a selection from any other: names, sizes and times of change."""
-    beside = path.with_name(path.name.removesuffix(SUFFIX) + ".tar")
-    found = [file.stat() for file in (path, beside) if file.is_file()]
+    """What tells a sidecar, with its tar, or a selection from any other: names, sizes and times of change."""
+    files = [path, path.with_name(path.name.removesuffix(SUFFIX) + ".tar")]
+    if path.name.endswith(SUFFIX) and not files[1].is_file():
+        files[1] = Path(location(path))
+    found = [file.stat() for file in files if file.is_file()]
     return [str(path.resolve()), *((s.st_size, s.st_mtime_ns) for s in found)]
 
 
@@ -67,27 +76,71 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
-def sum_up(output: Path, files: Sequence[tuple[str, Path]]) -> None:
-    """Writes the counts of all shards and what their columns are."""
-    shards = [(name, json.loads(file.read_bytes())) for name, file in files]
-    columns = sorted({(name, *group_of(group)) for name, found in shards for *group, _ in found["groups"]})
-    place = {column: i for i, column in enumerate(columns)}
-    counts = np.zeros((len(files), len(columns)), dtype=np.int64)
-    content = hashlib.sha256()
-    for row, (name, found) in enumerate(shards):
-        content.update(f"{name} {found['digest']} {found['groups']}".encode())
-        for *group, count in found["groups"]:
-            counts[row, place[name, *group_of(group)]] = count
+def forget(root: Path) -> None:
+    """Deletes all but the folders that were used last; who has mapped one keeps it."""
+    ours = [path for path in root.iterdir() if OURS.fullmatch(path.name)]
+    whole = sorted((p for p in ours if (p / "index.json").is_file()), key=lambda p: p.stat().st_mtime_ns)
+    for path in set(ours) - set(whole[-KEPT:]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def merge(output: Path, parts: Sequence[tuple[str, Part]]) -> None:
+    """Writes the records of all parts, stream by stream and in each in the order of the parts."""
+    counts = Counter[Column]()
+    for name, part in parts:
+        counts.update({(name, group): count for group, count in part.groups.items()})
+    sizes = [counts[column] * rows_each(column[1][2]) for column in sorted(counts)]
+    first = dict(zip(sorted(counts), accumulate(sizes, initial=0), strict=False))
+    free = dict(first)
     output.mkdir(exist_ok=True)
-    np.save(output / "counts.npy", counts)
-    index = {"columns": columns, "files": [file.name for _, file in files], "content": content.hexdigest()}
+    dtype = widest([part.dtype for _, part in parts])
+    rows = np.lib.format.open_memmap(output / "rows.npy", "w+", dtype, (sum(sizes),))
+    for shard, (name, part) in enumerate(parts):
+        array, done = np.load(part.rows, allow_pickle=False), 0
+        array["shard"] = shard
+        for group, count in part.groups.items():
+            at, size = free[name, group], count * rows_each(group[2])
+            rows[at : at + size] = array[done : done + size]
+            free[name, group], done = at + size, done + size
+    rows.flush()
+    atomic_save(output / "shards.npy", table_of([part for _, part in parts]))
+    index = {
+        "columns": [(name, *group, counts[name, group], at) for (name, group), at in first.items()],
+        "content": digest([(name, part.digest, part.groups) for name, part in parts]),
+    }
     atomic_write(output / "index.json", json.dumps(index).encode())  # last: it marks the end
 
 
-def group_of(plain: Sequence[Any]) -> Group:
-    """A group from JSON."""
-    part, kind, bucket = plain
-    return part, kind, tuple((height, width) for height, width in bucket)
+def widest(dtypes: Sequence[np.dtype[np.void]]) -> np.dtype[np.void]:
+    """The fields of these with room for the longest text of each."""
+    names = dtypes[0].names or ()
+    return np.dtype([(name, max((d[name] for d in dtypes), key=lambda d: d.itemsize)) for name in names])
+
+
+def table_of(parts: Sequence[Part]) -> np.ndarray:
+    """Location, size, what changes with the content, and place of each tar."""
+    locations, tags, places = (
+        np.asarray([text.encode() for text in texts], dtype=np.bytes_)
+        for texts in zip(*((p.shard[0], p.shard[2], p.place) for p in parts), strict=True)
+    )
+    fields = [("location", locations.dtype), ("size", "<i8"), ("tag", tags.dtype), ("place", places.dtype)]
+    table = np.empty(len(parts), dtype=fields)
+    table["location"], table["tag"], table["place"] = locations, tags, places
+    table["size"] = [part.shard[1] for part in parts]
+    return table
+
+
+def mapped_array(path: Path) -> np.ndarray:
+    """An array in a file that is read here and there: what lies beside a row is not read along."""
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    found.base.madvise(mmap.MADV_RANDOM)
+    array: np.ndarray = found.view(np.ndarray)
+    return array
+
+
+def rows_each(bucket: Bucket) -> int:
+    """Rows of a record: target, references and text."""
+    return len(bucket) + 1
 
 
 class ServingIndex:
@@ -101,21 +154,28 @@ class ServingIndex:
 
     def __init__(self, folder: Path) -> None:
         index = json.loads((folder / "index.json").read_text())
-        self._root, self.files, self.content = str(folder.parent), index["files"], index["content"]
-        self._counts: np.ndarray = np.load(folder / "counts.npy", mmap_mode="r", allow_pickle=False)
-        self._ends: dict[int, np.ndarray] = {}
-        self._columns: dict[tuple[str, Stream], tuple[int, Group]] = {}
+        self.folder, self.content = folder, index["content"]
+        self._rows, self._shards = (mapped_array(folder / name) for name in ("rows.npy", "shards.npy"))
+        self._columns: dict[tuple[str, Stream], tuple[str, int]] = {}
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
         self.tasks: dict[str, str] = {}
         kinds: dict[str, set[str]] = {}
-        for name, _, kind, _ in index["columns"]:
+        for name, _, kind, *_ in index["columns"]:
             kinds.setdefault(name, set()).add(kind)
-        for column, ((name, *group), total) in enumerate(zip(index["columns"], self._counts.sum(0), strict=True)):
-            part, kind, bucket = group_of(group)
+        for name, part, kind, sizes, count, first in index["columns"]:
             set_name = (name if len(kinds[name]) == 1 else f"{name}.{kind}") if name else kind
-            self._columns[part, (set_name, bucket)] = column, (part, kind, bucket)
-            self.streams[part][set_name, bucket] = int(total)
-            self.tasks[set_name] = TASKS["text_image" if kind == "text_to_image" else "edit"]
+            stream = set_name, tuple((height, width) for height, width in sizes)
+            self._columns[part, stream] = "text_image" if kind == "text_to_image" else "edit", first
+            self.streams[part][stream] = count
+            self.tasks[set_name] = TASKS[self._columns[part, stream][0]]
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return ServingIndex, (self.folder,)  # another process maps the files itself
+
+    def pictures(self, part: str, sets: Container[str] | None = None) -> int:
+        """How many pictures the records of a part and of these sets (None: of all) have."""
+        streams = self.streams[part].items()
+        return sum(len(bucket) * count for (name, bucket), count in streams if sets is None or name in sets)
 
     def records(self, part: str, sets: Container[str] | None = None) -> Iterator[tuple[Bucket, IndexedRecord]]:
         """All records of a part and of these sets (None: of all), with their buckets, stream by stream."""
@@ -125,59 +185,20 @@ class ServingIndex:
 
     def record(self, part: str, stream: Stream, number: int) -> IndexedRecord:
         """One record of a stream, in the order of folders and shards."""
-        file, group, within = self.locate(part, stream, number)
-        return regrouped(f"{self._root}/{file}").record(group, within)
-
-    def locate(self, part: str, stream: Stream, number: int) -> tuple[str, Group, int]:
-        """The regrouped file that a record is in, its group there, and its number in the group."""
-        column, group = self._columns[part, stream]
-        if column not in self._ends:
-            self._ends[column] = np.cumsum(self._counts[:, column])
-        ends = self._ends[column]
-        shard = int(np.searchsorted(ends, number, side="right"))
-        return self.files[shard], group, number - (int(ends[shard - 1]) if shard else 0)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_ends": {}, "_counts": np.asarray(self._counts)}
+        kind, first = self._columns[part, stream]
+        each = rows_each(stream[1])
+        rows = self._rows[first + number * each : first + (number + 1) * each].tolist()
+        key, _, _, shard, _, sample_id, *_ = rows[0]
+        where, size, tag, place = self._shards[shard].tolist()
+        tar = shard_at(where.decode())
+        target = "image" if kind == "text_image" else "target"
+        members = {name_of_role(row[2], target): member(place.decode(), row) for row in rows}
+        stamp = size, tag.decode() if isinstance(tar, str) else int(tag)
+        return IndexedRecord(tar, key.decode(), kind, part, sample_id, members, stamp)
 
 
-class RegroupedShard:
-    """A regrouped sidecar: its array is mapped, and no row is read until it is asked for."""
-
-    def __init__(self, path: str) -> None:
-        about = json.loads(Path(path).read_bytes())
-        self.rows: np.ndarray = np.load(Path(path).with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        self.shard, self.stamp, self.place = shard_at(about["shard"]), tuple(about["stamp"]), about["place"]
-        self.extensions: list[str] = about["extensions"]
-        self.first: dict[Group, int] = {}
-        row = 0
-        for *group, count in about["groups"]:
-            self.first[group_of(group)] = row
-            row += count * rows_each(group_of(group))
-
-    def record(self, group: Group, number: int) -> IndexedRecord:
-        """The number-th record of a group."""
-        first = self.first[group] + number * rows_each(group)
-        rows = self.rows[first : first + rows_each(group)].tolist()
-        kind, target = ("text_image", "image") if group[1] == "text_to_image" else ("edit", "target")
-        members = {name_of_role(row[1], target): self.member(*row[2:]) for row in rows}
-        key, sample_id = rows[0][0].decode(), rows[0][4]
-        return IndexedRecord(self.shard, key, kind, group[0], sample_id, members, self.stamp)
-
-    def member(
-        self, extension: int, sha256: bytes, _: int, offset: int, size: int, width: int, height: int, xxh3: int
-    ) -> Member:
-        """One file of a record, from its row."""
-        content = named(sha256.ljust(32, b"\0") if sha256 else None, self.place, offset)
-        return Member(offset, size, width, height, self.extensions[extension], content, xxh3 or None)
-
-
-def rows_each(group: Group) -> int:
-    """Rows of a record: target, references and text."""
-    return len(group[2]) + 1
-
-
-@lru_cache(maxsize=MAPPED)
-def regrouped(path: str) -> RegroupedShard:
-    """A regrouped file that may be mapped already."""
-    return RegroupedShard(path)
+def member(place: str, row: tuple[Any, ...]) -> Member:
+    """One file of a record, from its row."""
+    _, extension, _, _, sha256, _, offset, size, width, height, xxh3 = row
+    content = named(sha256.ljust(32, b"\0") if sha256 else None, place, offset)
+    return Member(offset, size, width, height, extension.decode(), content, xxh3 or None)

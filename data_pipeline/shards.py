@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ Scored = tuple[Record, Mapping[str, Any]]  # a record and its scores by column
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Writes beside the target, syncs, then renames: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # threads and other machines write too
     try:
         with open(temporary, "wb") as file:
             file.write(data)

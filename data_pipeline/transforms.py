@@ -15,6 +15,7 @@ from data_pipeline.pictures import on_white
 from data_pipeline.shards import READABLE, SIDEWAYS
 
 Size = tuple[int, int]  # (height, width) in pixels
+REVISION = 1  # of how pixels are decoded and resized: features of pixels made otherwise are not found in a cache
 
 
 def fit_size(height: int, width: int, image_size: int, multiple: int) -> Size:
@@ -23,12 +24,14 @@ def fit_size(height: int, width: int, image_size: int, multiple: int) -> Size:
     >>> fit_size(600, 800, 512, 32)
     (384, 512)
     """
-    scale = image_size / max(height, width)
+    fitted_height, fitted_width = fit_sizes(np.asarray([[height, width]]), image_size, multiple)[0].tolist()
+    return fitted_height, fitted_width
 
-    def rounded(side: int) -> int:
-        return max(multiple, round(side * scale / multiple) * multiple)
 
-    return rounded(height), rounded(width)
+def fit_sizes(sizes: np.ndarray, image_size: int, multiple: int) -> np.ndarray:
+    """`fit_size` of many pictures, (N, 2) to (N, 2)."""
+    fitted = np.rint(sizes * (image_size / sizes.max(1, keepdims=True, initial=1)) / multiple)
+    return np.maximum(1, fitted).astype(np.int64) * multiple
 
 
 def check_size(image_size: int, multiple: int) -> None:

@@ -14,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from data_pipeline.batches import ImageBatch
+from data_pipeline.batches import TASKS, ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
-from data_pipeline.regroup import TASKS
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.autoencoder import sample_latents
@@ -154,6 +153,11 @@ class KontextModule(L.LightningModule):
             for batch in data.first_batches():
                 logger.info("compiling the blocks for %s", batch.task)
                 self.compile_for(batch)
+
+    def teardown(self, stage: str) -> None:
+        """Writes the text embeddings that the cache has not written yet."""
+        if self._prompts is not None and self._prompts.store is not None:
+            self._prompts.store.commit()
 
     def compile_for(self, batch: ImageBatch) -> None:
         """A forward and a backward pass that leave no trace: every draw is counted, and gradients are dropped."""

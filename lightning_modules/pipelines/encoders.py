@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,14 +51,23 @@ class LatentEncoder:
     """Posterior moments under an autoencoder, in its own precision, {"moments": (2C, h, w)}.
 
     Attributes:
-        fingerprint: a hash of the autoencoder's config and of the weights that encode.
         store: where `encode_batch` keeps what it encoded, if anywhere.
     """
 
     def __init__(self, vae: AutoencoderKL, store: FeatureStore | None = None) -> None:
         self.vae, self.store = vae, store
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the autoencoder's config and of the weights that encode, made when it is needed."""
+        vae = self.vae
         parts = [vae.encoder] if vae.quant_conv is None else [vae.encoder, vae.quant_conv]
-        self.fingerprint = hashlib.sha256(f"{CHUNK} {config_of(vae)} {weights_of(*parts)}".encode()).hexdigest()
+        return hashlib.sha256(f"{CHUNK} {config_of(vae)} {weights_of(*parts)}".encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> LatentEncoder:
+        """The encoder, moved to a device."""
+        self.vae.to(device)
+        return self
 
     @classmethod
     def from_pretrained(cls, folder: str) -> LatentEncoder:
@@ -104,14 +114,19 @@ class LatentEncoder:
 
 
 class TextEncoder:
-    """Text embeddings of a pipeline, {"sequence": (T, d), "pooled": (p,)}.
+    """Text embeddings of a pipeline, {"sequence": (T, d), "pooled": (p,)}, in the encoders' own precision.
 
-    Attributes:
-        fingerprint: a hash of the encoders' configs and weights, the tokenizers' words and the lengths.
+    They are kept with their padding: as released, SD3's encoders attend to it without a mask and the transformer reads
+    it, so what stands there is of the text and cannot be made from anything else.
     """
 
     def __init__(self, pipeline: KontextPipeline) -> None:
         self.pipeline = pipeline
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the encoders' configs and weights, the tokenizers' words and the lengths, made when needed."""
+        pipeline = self.pipeline
         encoders = [
             e for e in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3) if e is not None
         ]
@@ -119,7 +134,12 @@ class TextEncoder:
         lengths = (pipeline.tokenizer_max_length, pipeline.t5_tokens)
         words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
         parts = f"{lengths} {words} {[config_of(e) for e in encoders]} {weights_of(*encoders)}"
-        self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """The encoder, moved to a device."""
+        self.pipeline.to(device)
+        return self
 
     @classmethod
     def from_pretrained(cls, folder: str) -> TextEncoder:

@@ -47,13 +47,15 @@ class PromptCache:
         """Features from the store, of the others from the encoder."""
         if self.store is None:
             return dict(zip(prompts, self.encoder.encode(prompts), strict=True))
-        unknown = [prompt for prompt in prompts if not self.store.has_all([prompt])]
-        found = dict(zip(unknown, self.encoder.encode(unknown), strict=True))
-        for prompt, features in found.items():
+        found: dict[str, Features] = {}
+        for prompt in prompts:
+            if (features := self.store.get(prompt)) is not None:
+                found[prompt] = {name: value.to(self.pipeline.transformer.device) for name, value in features.items()}
+        unknown = [prompt for prompt in prompts if prompt not in found]
+        for prompt, features in zip(unknown, self.encoder.encode(unknown), strict=True):
             self.store.add(prompt, features)
-        device = self.pipeline.transformer.device
-        known = (prompt for prompt in prompts if prompt not in found)
-        return found | {p: {k: v.to(device) for k, v in self.store.read(p).items()} for p in known}
+            found[prompt] = features
+        return found
 
     def fill(self, prompts: Iterable[str]) -> None:
         """Embeds prompts ahead of need, as many as fit in memory, and says how many T5 reads in part only."""

@@ -4,13 +4,14 @@ python tests/benchmarks/framework_overhead.py [--steps 60] [--rounds 5]
 
 Bare: the module's own loss, backward, clipping, AdamW and schedule. Fit: the Trainer with the callbacks of
 configs/edit.yaml that work at every step. Both take the same batches of that config's kind, encoded as a cache gives
-them and ready in memory. Prints the ratio of medians; 1.05 is the bar.
+them and ready in memory. Prints the ratio of medians; exits with 1 above 1.05.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ from data_pipeline.batches import ImageBatch
 from data_pipeline.datamodule import SceneShards, ShardDataModule
 from lightning_modules.cli import quiet
 from lightning_modules.kontext import KontextModule
+
+BAR = 1.05
 
 
 class Repeated(torch.utils.data.Dataset):
@@ -96,7 +99,7 @@ def fit(made: KontextModule, batches: list[ImageBatch], steps: int) -> list[floa
     return gaps(clock.times)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
@@ -125,7 +128,8 @@ def main() -> None:
     for name, found in times.items():
         print(f"{name:5} median step {1000 * statistics.median(found):.1f} ms over {len(found)} steps")
     print(f"fit / bare by round: {', '.join(f'{r:.3f}' for r in ratios)}; median {statistics.median(ratios):.3f}")
+    return 0 if statistics.median(ratios) <= BAR else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """Edit triplets a second and process, served by us and by stock webdataset from the same tars, in one run.
 
 python tests/benchmarks/serve_triplets.py
+
+Exits with 1 where a ratio is below its bar.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import io
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -107,7 +110,7 @@ def rate(work: Callable[[], None], count: int) -> float:
     return count / (time.perf_counter() - started)
 
 
-def main() -> None:
+def main() -> int:
     """Prints rates and ratios, medians of rounds that alternate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--triplets", type=int, default=1008)
@@ -129,12 +132,15 @@ def main() -> None:
             ),
             f"decoded to {TRAINED}": (lambda: stock_pixels(shards, d), lambda: ours.pixels(d), d, 2.0),
         }
+        below = 0
         for what, (theirs, mine, count, bar) in compared.items():
             rates = [(rate(theirs, count), rate(mine, count)) for _ in range(arguments.rounds)]
             ratio = statistics.median(b / a for a, b in rates)
+            below += ratio < bar
             a, b = (statistics.median(column) for column in zip(*rates, strict=True))
             print(f"{what}: webdataset {a:,.0f}, ours {b:,.0f} triplets/s, ratio {ratio:.2f} (bar {bar:g})", flush=True)
+    return int(below > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

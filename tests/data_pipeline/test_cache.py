@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +33,13 @@ class Counting:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []
+        self.calls = 0
+
+    def to(self, device: str) -> None:
+        pass
 
     def encode(self, inputs: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        assert len({value.shape for value in inputs}) == 1
+        self.calls += 1
         self.seen += [tuple(value.shape) for value in inputs]
         return [{"moments": 2 * value} for value in inputs]
 
@@ -45,17 +52,16 @@ def test_what_is_added_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, "a" * 64)
     for i in range(5):
         store.add(f"name {i}", features(i))
-    assert not store.has_all(["name 0"])
+    assert "name 0" not in store and store.pending("name 0")
     store.commit()
     again = FeatureStore(tmp_path, "a" * 64)
     for reader in (store, again):
-        assert reader.has_all([f"name {i}" for i in range(5)]) and not reader.has_all(["name 0", "name 5"])
+        assert all(f"name {i}" in reader for i in range(5)) and "name 5" not in reader
         for i in range(5):
-            found = reader.read(f"name {i}")
+            found = reader.get(f"name {i}")
             assert all(torch.equal(found[name], value) for name, value in features(i).items())
             assert found["bits"].dtype == torch.bfloat16
-    with pytest.raises(KeyError):
-        again.read("name 5")
+    assert again.get("name 5") is None
 
 
 def test_two_instructions_on_one_target_are_two_entries(tmp_path: Path) -> None:
@@ -63,20 +69,20 @@ def test_two_instructions_on_one_target_are_two_entries(tmp_path: Path) -> None:
     store.add("make it red", features(1))
     store.add("make it blue", features(2))
     store.commit()
-    assert not torch.equal(store.read("make it red")["moments"], store.read("make it blue")["moments"])
+    assert not torch.equal(store.get("make it red")["moments"], store.get("make it blue")["moments"])
 
 
 def test_another_writer_is_seen(tmp_path: Path) -> None:
     reader, writer = FeatureStore(tmp_path, "a" * 64), FeatureStore(tmp_path, "a" * 64)
-    assert not reader.has_all(["late"])
+    assert "late" not in reader
     writer.add("late", features(3))
     writer.commit()
-    assert torch.equal(reader.read("late")["moments"], features(3)["moments"])
+    assert torch.equal(reader.get("late")["moments"], features(3)["moments"])
 
 
 def test_stock_tools_read_the_tars(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, "a" * 64)
-    fill(store, Counting(), wanted(7))
+    fill(store, Counting(), wanted(7), 7)
     (tar,) = store.folder.glob("*.tar")
     samples = list(webdataset.WebDataset(str(tar), shardshuffle=False))
     assert len(samples) == 7 and all("safetensors" in sample for sample in samples)
@@ -96,13 +102,13 @@ def test_filling_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest
         return [*items[:13], ("name 13", fail), *items[14:]]
 
     with pytest.raises(KeyboardInterrupt):
-        fill(store, encoder, stopped())
+        fill(store, encoder, stopped(), 20)
     done = len(encoder.seen)
     again, rest = FeatureStore(tmp_path, Counting.fingerprint), Counting()
-    assert fill(again, rest, wanted(20)) == len(rest.seen) < 20 <= done + len(rest.seen)
-    assert fill(again, rest, wanted(20)) == 0
+    assert fill(again, rest, wanted(20), 20) == len(rest.seen) < 20 <= done + len(rest.seen)
+    assert fill(again, rest, wanted(20), 20) == 0
     for i in range(20):
-        assert torch.equal(again.read(f"name {i}")["moments"], torch.full((1 + i % 2,), 2.0 * i))
+        assert torch.equal(again.get(f"name {i}")["moments"], torch.full((1 + i % 2,), 2.0 * i))
 
 
 def test_killed_in_the_middle_of_writing_nothing_partial_is_found(tmp_path: Path) -> None:
@@ -122,13 +128,13 @@ def test_killed_in_the_middle_of_writing_nothing_partial_is_found(tmp_path: Path
     process.wait()
     store = FeatureStore(tmp_path, "a" * 64)
     count = len(list(store.folder.glob("*.npy")))
-    assert count >= 5 and store.has_all(f"name {i}" for i in range(count - 1))
-    assert all(store.read(f"name {i}")["moments"][0, 0] == i for i in range(count - 1))
+    assert count >= 5 and all(f"name {i}" in store for i in range(count - 1))
+    assert all(store.get(f"name {i}")["moments"][0, 0] == i for i in range(count - 1))
 
 
 def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, "a" * 64)
-    fill(store, Counting(), wanted(3))
+    fill(store, Counting(), wanted(3), 3)
     (tar,) = store.folder.glob("*.tar")
     data = bytearray(tar.read_bytes())
     for at in range(600, len(data), 7):
@@ -136,7 +142,7 @@ def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
     tar.write_bytes(data)
     with pytest.raises(InputError, match=r"\.tar is damaged at byte \d+; delete"):
         for i in range(3):
-            store.read(f"name {i}")
+            store.get(f"name {i}")
 
 
 def test_a_folder_of_another_encoder_is_refused(tmp_path: Path) -> None:
@@ -145,7 +151,7 @@ def test_a_folder_of_another_encoder_is_refused(tmp_path: Path) -> None:
     store.commit()
     with pytest.raises(InputError, match="was filled by the encoder aaaa"):
         FeatureStore(tmp_path, "a" * 16 + "c" * 48)
-    assert not FeatureStore(tmp_path, "d" * 64).has_all(["x"])
+    assert "x" not in FeatureStore(tmp_path, "d" * 64)
 
 
 def test_the_command_fills_pictures_and_texts_once(
@@ -185,3 +191,62 @@ def test_wrong_options_of_the_command_are_named(
 def test_names_do_not_meet_by_chance() -> None:
     keys = {cache.key_of(f"name {i}") for i in range(10_000)}
     assert len(keys) == 10_000 and np.mean([low & 1 for _, low in keys]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_more_tars_than_a_process_may_open_are_read(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "import torch; from data_pipeline.cache import FeatureStore\n"
+        "store = FeatureStore(sys.argv[1], 'a' * 64)\n"
+        "for i in range(100):\n"
+        "    store.add(f'name {i}', {'moments': torch.full((2,), float(i))}); store.commit()\n"
+        "assert all(store.get(f'name {i}')['moments'][0] == i for i in range(100))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_many_tars_are_not_sorted_again_with_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, plain = [], np.sort
+    monkeypatch.setattr(cache.np, "sort", lambda table, **options: rows.append(len(table)) or plain(table, **options))
+    store = FeatureStore(tmp_path, "a" * 64)
+    for i in range(256):
+        store.add(f"name {i}", features(i))
+        store.commit()
+        assert f"name {i}" in store and (i == 0 or f"name {i // 2}" in store)
+    assert sum(rows) < 256 * 16 and len(store._tables) < 10  # all of them each time would be 32,896
+
+
+def test_what_waits_to_be_written_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "BYTES", 10_000)
+    store = FeatureStore(tmp_path, "a" * 64)
+    for i in range(10):
+        store.add(f"name {i}", {"moments": torch.full((1000,), float(i))})
+    assert len(list(store.folder.glob("*.tar"))) == 3 and "name 8" in store and "name 9" not in store
+
+
+def test_inputs_of_several_shapes_are_encoded_together_and_equal_ones_once(tmp_path: Path) -> None:
+    store, encoder = FeatureStore(tmp_path, Counting.fingerprint), Counting()
+    assert fill(store, encoder, [*wanted(130), *wanted(130)], 260) == 130
+    assert encoder.calls == 3
+
+
+def test_two_processes_do_not_encode_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    encoders = [Counting(), Counting()]
+    started = threading.Event()
+
+    def slow() -> torch.Tensor:
+        started.set()
+        time.sleep(0.2)
+        return torch.zeros(1)
+
+    def work(i: int) -> int:
+        items = wanted(20) if i else [("slow", slow), *wanted(20)]
+        return fill(FeatureStore(tmp_path, Counting.fingerprint), encoders[i], items, 20)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(work, 0)
+        assert started.wait(10)
+        second = pool.submit(work, 1)
+        assert (first.result(), second.result()) == (21, 0)
+    assert not encoders[1].seen and "waiting for another process that fills" in caplog.text

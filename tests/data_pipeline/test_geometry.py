@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_pipeline.transforms import Size, decode, to_tensor
+from data_pipeline.batches import ImageBatch
+from data_pipeline.dataset import PlannedDataset, load_pixels
+from data_pipeline.index import IndexedRecord
+from data_pipeline.plan import Draw, PlannedBatch
+from data_pipeline.recipe import Recipe
+from data_pipeline.regroup import Rule
+from data_pipeline.serving import ServingIndex, build
+from data_pipeline.sources import Manifest
+from data_pipeline.transforms import Size, decode, fit_sizes, to_tensor
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -20,7 +32,7 @@ def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
         a * np.sin(2 * np.pi * (fx * x + fy * y) + p)
         for a, fx, fy, p in rng.uniform([9, -12, -12, 0], [25, 12, 12, 6], (12, 4))
     ]
-    planes = [128 + np.roll(np.sum(waves[i::3], 0), 0, 0) for i in range(3)]
+    planes = [128 + np.sum(waves[i::3], 0) for i in range(3)]
     return np.clip(np.stack(planes, -1), 0, 255).astype(np.uint8)
 
 
@@ -71,12 +83,75 @@ def test_the_measure_sees_a_pixel() -> None:
     assert right == pytest.approx(1, abs=0.1) and down == pytest.approx(0, abs=0.1)
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
-def test_an_identity_edit_keeps_every_bit(form: str) -> None:
-    data = stored(smooth(600, 800), form) if form != "WEBP" else stored(smooth(600, 800), "PNG")
-    assert torch.equal(trained(data, (384, 512)), trained(data, (384, 512)))
+def served(folder: Path, data: bytes, extension: str) -> ImageBatch:
+    """An edit whose source and target are one file, through shard, index and dataset."""
+    folder.mkdir()
+    for name in ("source", "target"):
+        (folder / f"{name}.{extension}").write_bytes(data)
+    row = {"source": f"source.{extension}", "target": f"target.{extension}", "instruction": "change nothing"}
+    (folder / "edits.jsonl").write_text(json.dumps(row))
+    Recipe(Manifest(str(folder / "edits.jsonl"), "edit")).build(folder / "shards")
+    index = ServingIndex(build(folder / "index", {"": [str(folder / "shards")]}, Rule(512, 32, 0.0)))
+    ((stream, _),) = index.streams["train"].items()
+    return PlannedDataset([index], "train")[PlannedBatch((Draw(stream, 0, 0),))]
+
+
+def defects(batch: ImageBatch, pixels: np.ndarray) -> list[str]:
+    """What is wrong with an identity edit of these pixels, (600, 800, 3), trained at 384 x 512."""
+    target, source = batch.target[0], batch.references[0, 0]
+    if target.shape != (3, 384, 512):
+        return ["shape"]
+    plain = to_tensor(Image.fromarray(pixels), (384, 512))
+    return [
+        *(["source differs from target"] if not torch.equal(source, target) else []),
+        *(["shifted"] if max(abs(n) for t in (source, target) for n in shift_between(plain, t)) > 0.1 else []),
+        *(["other pixels"] if (target - plain).abs().mean() > 0.03 else []),
+    ]
+
+
+FORMS = [("PNG", "png", 1), ("JPEG", "jpg", 1), ("JPEG", "jpg", 6), ("WEBP", "webp", 1)]
+
+
+@pytest.mark.parametrize(("form", "extension", "orientation"), FORMS)
+def test_an_identity_edit_round_trips(tmp_path: Path, form: str, extension: str, orientation: int) -> None:
+    pixels = smooth(600, 800)
+    assert not defects(served(tmp_path / "a", stored(pixels, form, orientation), extension), pixels)
     exact = smooth(384, 512)
-    assert torch.equal(trained(stored(exact, "PNG"), (384, 512)), to_tensor(Image.fromarray(exact), (384, 512)))
+    batch = served(tmp_path / "b", stored(exact, "PNG"), "png")
+    assert torch.equal(batch.target[0], torch.from_numpy(exact).permute(2, 0, 1) / 127.5 - 1)
+
+
+def swapped(sizes: np.ndarray, *rule: int) -> np.ndarray:
+    return fit_sizes(sizes, *rule)[:, ::-1]
+
+
+def transposed(picture: Image.Image, size: Size) -> torch.Tensor:
+    return to_tensor(picture.transpose(Image.Transpose.TRANSPOSE), size)
+
+
+def shifted(picture: Image.Image, size: Size) -> torch.Tensor:
+    return to_tensor(picture, size).roll(1, -1)
+
+
+def source_shifted(record: IndexedRecord, name: str, *rest: Any) -> torch.Tensor:
+    return load_pixels(record, name, *rest).roll(int(name == "source0"), 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "defect", "expected"),
+    [
+        ("data_pipeline.regroup.fit_sizes", swapped, "shape"),
+        ("data_pipeline.dataset.to_tensor", transposed, "other pixels"),
+        ("data_pipeline.dataset.to_tensor", shifted, "shifted"),
+        ("data_pipeline.dataset.load_pixels", source_shifted, "source differs from target"),
+    ],
+)
+def test_swapped_sides_and_a_shift_of_one_pixel_would_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, defect: Callable, expected: str
+) -> None:
+    monkeypatch.setattr(place, defect)
+    pixels = smooth(600, 800)
+    assert expected in defects(served(tmp_path / "a", stored(pixels, "PNG"), "png"), pixels)
 
 
 @pytest.mark.parametrize("fraction", [1, 2, 4, 8])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from data_pipeline.permutation import KeyedPermutation
+from data_pipeline.permutation import HalfwisePermutation, KeyedPermutation
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 255, 256, 257, 65537])
@@ -40,3 +41,12 @@ def test_neighbours_do_not_stay_together() -> None:
     assert abs(np.corrcoef(places, np.arange(n))[0, 1]) < 0.04
     other = KeyedPermutation(n, b"other key")(np.arange(n))
     assert (places == other).sum() < 10
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 101])
+def test_what_ends_an_epoch_does_not_begin_the_next(n: int) -> None:
+    orders = [HalfwisePermutation(n, "key", epoch)(np.arange(n)).tolist() for epoch in range(20)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    for order, following in pairwise(orders):
+        assert not set(order[n // 2 :]) & set(following[: n // 2])
+    assert n < 10 or len({tuple(order) for order in orders}) == 20

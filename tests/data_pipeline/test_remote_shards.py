@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from micro import micro_shards
 from servers import Server
 
 from data_pipeline import read_ahead, remote
-from data_pipeline.dataset import PlannedDataset
+from data_pipeline.cache import FeatureStore, fill
+from data_pipeline.datamodule import ShardDataModule
+from data_pipeline.dataset import PlannedDataset, wanted_features
 from data_pipeline.errors import InputError
 from data_pipeline.foreign import index
 from data_pipeline.plan import Plan
@@ -57,7 +61,11 @@ def epoch(served: ServingIndex, copies: LocalCopies | None = None, first: int = 
     return [dataset[next(plan)] for _ in range(12)]
 
 
-def test_an_epoch_is_whole_and_bit_equal_whatever_the_server_does(served: ServingIndex, server: Server) -> None:
+def test_an_epoch_is_whole_and_bit_equal_whatever_the_server_does(
+    served: ServingIndex, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPTS", 30)  # half of all answers fail: some range has six of them in a row
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
     calm = epoch(served)
     rng = random.Random(0)
     server.faults = [rng.choice(["", "", "500", "cut"]) for _ in range(200)]
@@ -84,6 +92,7 @@ def test_a_server_that_never_recovers_is_a_named_error(
 def test_a_record_is_one_request(served: ServingIndex, server: Server) -> None:
     ((stream, count),) = [(s, n) for s, n in served.streams["train"].items() if s[0] == "edit"]
     records = [served.record("train", stream, i) for i in range(count)]
+    fetched([served.record("train", stream, i) for i in range(count)], [])  # asks once for each tar what it is now
     before = server.requests
     found = fetched(records)
     assert server.requests - before == count
@@ -114,3 +123,64 @@ def test_the_folder_of_copies_is_bounded(served: ServingIndex, tmp_path: Path, m
     assert 0 < held < 10_000 + 32 * 4_000
     with pytest.raises(InputError, match="gigabytes must be above 0"):
         LocalCopies(str(tmp_path), 0)
+
+
+def test_many_threads_may_keep_one_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "read_range", lambda url, start, end: bytes(range(start, end)))
+    copies = LocalCopies(str(tmp_path / "copies"))
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(lambda _: copies.read("http://store/a.tar", "1", 3, 200), range(64)))
+    assert set(found) == {bytes(range(3, 200))} and len(list((tmp_path / "copies").iterdir())) == 1
+
+
+def test_a_tar_replaced_behind_a_url_is_named(served: ServingIndex, server: Server) -> None:
+    epoch(served)
+    remote.check_unchanged.cache_clear()  # another run
+    server.tag = '"2"'
+    with pytest.raises(InputError, match=r"replaced since it was indexed: .* the tag \"2\", .*; index it again"):
+        epoch(served)
+
+
+def test_validation_and_texts_use_the_local_copies(
+    served: ServingIndex, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    copies = LocalCopies(str(tmp_path / "copies"))
+    data = ShardDataModule([str(tmp_path / "indexes")], batch_size=4, val_batches=2, remote_copies=copies)
+    data.setup("fit")
+
+    def read() -> int:
+        before = server.requests
+        assert len(list(data.val_dataloader())) == 2 and data.sample_batches(1) and list(data.prompts())
+        assert list(data.first_batches())
+        return server.requests - before
+
+    assert read() > 0 and read() == 0
+
+
+def test_filling_a_cache_waits_for_many_ranges_at_a_time(
+    served: ServingIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, running, most = remote.read_range, [], []
+
+    def slow(url: str, start: int, end: int) -> bytes:
+        running.append(start)
+        most.append(len(running))
+        time.sleep(0.01)
+        running.remove(start)
+        return plain(url, start, end)
+
+    monkeypatch.setattr(remote, "read_range", slow)
+    wanted = wanted_features(served.records("train"), False)
+    assert fill(FeatureStore(tmp_path / "cache", "f" * 64), Means(), wanted, served.pictures("train")) > 40
+    assert max(most) > 4
+
+
+class Means:
+    fingerprint = "f" * 64
+
+    def to(self, device: str) -> None:
+        pass
+
+    def encode(self, inputs: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [{"moments": pixels.mean(0)} for pixels in inputs]

@@ -17,9 +17,10 @@ from micro import micro_shards
 from PIL import Image
 
 from data_pipeline.batches import ImageBatch, collate_references
+from data_pipeline.cache import FeatureStore
 from data_pipeline.counters import draw, generator
 from data_pipeline.datamodule import Cache, SceneShards, ShardDataModule
-from data_pipeline.dataset import Augmentation
+from data_pipeline.dataset import Augmentation, content_name
 from data_pipeline.errors import InputError
 from data_pipeline.index import load_index
 from data_pipeline.plan import Draw
@@ -170,6 +171,25 @@ def test_mirroring_takes_target_and_references_alike_and_spares_texts_with_sides
 
 
 @pytest.mark.parametrize(
+    ("prompt", "sided"),
+    [
+        ("move it to the left.", True),
+        ("the top-left corner", True),
+        ("a left-hand drive car", True),
+        ("the cup (right)", True),
+        ("Right of the tree", True),
+        ("the leftmost of three, upper_left", True),
+        ("the bottomright square", True),
+        ("a bright, upright copyright sign", False),
+        ("a cleft rock", False),
+    ],
+)
+def test_a_text_that_speaks_of_a_side_is_never_mirrored(shards: str, prompt: str, sided: bool) -> None:
+    record = load_index(Path(shards))[0]
+    assert Augmentation(flip=1.0).mirrored(Draw(("edit", ()), 0, 0), record, prompt) is not sided
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"shards": ["nowhere"]}, "there is no folder of shards at nowhere"),
@@ -197,7 +217,7 @@ def test_shards_without_anything_to_train_on_are_named(tmp_path: Path) -> None:
 def test_small_buckets_are_warned_of_and_batches_by_tokens(shards: str, caplog: pytest.LogCaptureFixture) -> None:
     data = module(shards, batch_size=100)
     data.setup("fit")
-    assert "samples for batches of 100: each is in a batch more than once" in caplog.text
+    assert "samples for batches of 100 on 1 ranks: batches are smaller" in caplog.text
     data = module(shards, batch_tokens=32, size_multiple=16)
     data.setup("fit")
     assert {b.task: len(b) for b in data.train_dataloader()} == {"edit": 1, "text_to_image": 2}
@@ -208,6 +228,10 @@ class Mean:
 
     def __init__(self, fingerprint: str = "mean") -> None:
         self.fingerprint, self.calls, self.store = fingerprint, 0, None
+        self.devices: list[str] = []
+
+    def to(self, device: torch.device | str) -> None:
+        self.devices.append(str(device))
 
     def encode(self, inputs: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         self.calls += len(inputs)
@@ -319,8 +343,29 @@ def test_the_cache_serves_what_the_encoder_gives(shards: str, tmp_path: Path, fi
 
 
 def test_a_cache_that_must_be_there_and_is_not_is_named(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has no entry for .* 64x64; fill it with python -m data_pipeline cache"):
-        train(shards, tmp_path, 3, cache=Cache(str(tmp_path / "cache"), "never"))
+    folder = str(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"no entry of the encoder mean for 135 of 135 pictures, first .* 64x64"):
+        train(shards, tmp_path, 3, cache=Cache(folder, "never"))
+    FeatureStore(folder, "another")
+    with pytest.raises(InputError, match=r"it holds those of other encoders: another\); fill it with python -m"):
+        train(shards, tmp_path, 3, cache=Cache(folder, "never"))
+    train(shards, tmp_path, 3, cache=Cache(folder), ratio={"edit": 1})
+    with pytest.raises(InputError, match=r"for 4\d of 135 pictures"):
+        train(shards, tmp_path, 3, cache=Cache(folder, "never"))
+    assert train(shards, tmp_path, 3, cache=Cache(folder, "never"), ratio={"edit": 1})[0].encoded
+
+
+def test_the_cache_is_filled_on_the_device_that_trains(shards: str, tmp_path: Path) -> None:
+    recorder, trainer = train(shards, tmp_path, 1, cache=Cache(str(tmp_path / "cache")))
+    assert recorder.encoder.devices == [str(trainer.strategy.root_device), "cpu"]
+
+
+def test_another_way_to_make_pixels_does_not_meet_old_entries(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = load_index(Path(shards))[0]
+    name = next(name for name, member in record.members.items() if member.width)
+    before = content_name(record, name, (64, 64), False)
+    monkeypatch.setattr("data_pipeline.dataset.REVISION", 2)
+    assert before != content_name(record, name, (64, 64), False)
 
 
 def test_missing_scene_shards_are_built_once(tmp_path: Path) -> None:

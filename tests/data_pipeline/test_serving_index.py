@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from micro import micro_shards
 
+from data_pipeline import serving
 from data_pipeline.dataset import PlannedDataset
 from data_pipeline.errors import InputError
 from data_pipeline.foreign import index
-from data_pipeline.index import load_index, read_member, read_prompt
+from data_pipeline.index import MappedFile, load_index, read_member, read_prompt, sidecar
 from data_pipeline.plan import Draw, PlannedBatch
 from data_pipeline.recipe import Recipe
 from data_pipeline.regroup import Rule
@@ -94,9 +99,43 @@ def test_a_selection_is_honoured_and_a_new_one_too(tmp_path: Path) -> None:
 def test_nothing_is_sorted_twice(tmp_path: Path) -> None:
     folder = micro_shards(tmp_path / "a", 60, 60)
     served(tmp_path, folder)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*") if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.*") if path.name != ".lock"}
     served(tmp_path, folder)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*") if path.name != ".lock"}
+    assert len(before) == 3
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.*") if path.name != ".lock"
+    }
+
+
+def test_indexes_that_were_not_used_for_long_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "KEPT", 2)
+    folder = micro_shards(tmp_path / "a", 10, 0)
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "notes").write_text("not ours")
+    (tmp_path / "index" / f"{'a' * 20}.npy").write_bytes(b"of an earlier version")
+    first, second = served(tmp_path, folder), served(tmp_path, folder, rule=Rule(32, 32, 0.02))
+    served(tmp_path, folder)
+    served(tmp_path, folder, rule=Rule(32, 32, 0.5))
+    assert first.folder.is_dir() and not second.folder.exists()
+    assert len(list((tmp_path / "index").iterdir())) == 4  # two, the lock and what is not ours
+    assert len(everything(second)) == 10  # who has mapped one keeps it
+    assert len(pickle.dumps(first)) < 1000
+
+
+def test_many_shards_are_one_map(tmp_path: Path) -> None:
+    """A record of a shard that was never read before costs no file of its own."""
+    folder = tmp_path / "many"
+    micro_shards(folder, 40, 0)
+    (tar,) = folder.glob("*.tar")
+    for i in range(300):
+        os.link(tar, folder / f"copy-{i:05d}.tar")
+        shutil.copy(sidecar(tar), sidecar(folder / f"copy-{i:05d}.tar"))
+    (folder / "recipe.json").unlink()
+    found = served(tmp_path, folder)
+    ((stream, count),) = found.streams["train"].items()
+    before = len(os.listdir("/proc/self/fd"))
+    assert len({found.record("train", stream, i).shard for i in range(count)}) == 301
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_content_is_the_same_wherever_the_shards_lie(tmp_path: Path) -> None:
@@ -165,3 +204,54 @@ def test_tars_by_others_are_served_where_they_lie(tmp_path: Path) -> None:
         for name in record.members
         if name != "json"
     )
+
+
+def test_two_threads_may_map_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.tar").write_bytes(b"whole")
+    inside, go_on = threading.Event(), threading.Event()
+    plain = mmap.mmap
+
+    def slow(*args, **options) -> mmap.mmap:
+        inside.set()
+        assert go_on.wait(10)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(mmap, "mmap", slow)
+    file = MappedFile(str(tmp_path / "a.tar"))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(file.current)
+        assert inside.wait(10)
+        second = pool.submit(file.current)
+        with pytest.raises(TimeoutError):
+            second.result(0.1)  # it waits or maps the file too, and never takes what is not there yet
+        go_on.set()
+        assert bytes(first.result()[1]) == bytes(second.result()[1]) == b"whole"
+
+
+def test_a_tar_by_others_that_changed_after_it_was_indexed_is_named(tmp_path: Path) -> None:
+    """Of the same size, with regrouped indexes and without; to index it again helps."""
+    folder = micro_shards(tmp_path / "a", 30, 30)
+    tars = sorted(folder.glob("*.tar"))
+    index([str(folder)], tmp_path / "foreign")
+    served(tmp_path, tmp_path / "foreign")
+    os.utime(tars[0], ns=(1, 1))
+    for root in (tmp_path, tmp_path / "fresh"):
+        with pytest.raises(InputError, match=r"was changed after it was indexed, .*; index it again"):
+            served(root, tmp_path / "foreign")
+    index([str(folder)], tmp_path / "foreign")
+    assert len(everything(served(tmp_path, tmp_path / "foreign"))) == 60
+
+
+def test_a_selection_of_other_indexes_is_refused(tmp_path: Path) -> None:
+    """Indexed, selected, and more indexed into the same folder: the later records would never be trained on."""
+    first, second = micro_shards(tmp_path / "a", 20, 0), micro_shards(tmp_path / "b", 20, 0, level=2)
+    folder = tmp_path / "foreign"
+    index([str(first)], folder)
+    select(folder, Selection(share={"text_image": 0.5}))
+    half = len(everything(served(tmp_path, folder)))
+    index([str(second)], folder)
+    for read in (load_index, lambda path: served(tmp_path, path)):
+        with pytest.raises(InputError, match=r"keep\.parquet was decided on other indexes .*; select again"):
+            read(folder)
+    select(folder, Selection(share={"text_image": 0.5}))
+    assert half < len(everything(served(tmp_path, folder))) < 40

@@ -9,9 +9,11 @@ import pytest
 import torch
 from micro import micro_folder, micro_shards
 
+from data_pipeline.cache import FeatureStore
 from data_pipeline.datamodule import Cache, ShardDataModule
 from data_pipeline.dataset import Augmentation
 from lightning_modules.kontext import KontextModule
+from lightning_modules.pipelines import encoders
 
 
 class Losses(L.Callback):
@@ -74,3 +76,20 @@ def test_the_posterior_is_sampled_anew_each_epoch(built: tuple[str, str], tmp_pa
     batch.epochs = batch.epochs + 1
     second, _ = module.encode(batch)
     assert not torch.equal(first, second) and (first - second).abs().max() < 1
+
+
+def test_what_was_encoded_while_training_is_kept(built: tuple[str, str], tmp_path: Path) -> None:
+    """Texts that did not fit in memory ahead are written at the end, few as they are."""
+    cache = Cache(str(tmp_path / "cache"), "lazy")
+    module = KontextModule(built[0], steps=2, max_sequence_length=8, text_cache=cache.folder)
+    module.configure_model()
+    module._prompts(["a text that no shard has"])
+    module.teardown("fit")
+    assert "a text that no shard has" in FeatureStore(cache.folder, module._prompts.encoder.fingerprint)
+
+
+def test_weights_are_hashed_only_for_a_cache(built: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "weights_of", lambda *modules: pytest.fail("hashed"))
+    module = KontextModule(built[0], max_sequence_length=8)
+    module.configure_model()
+    module.latent_encoder()
