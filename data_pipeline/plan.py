@@ -156,13 +156,18 @@ class Plan:
     def _offered(self, lead: str) -> dict[Stream, int]:
         """How many samples each stream has for a batch that a set leads, of shapes that have one for each rank.
 
-        Within a set's epoch no sample can come twice. Where so few are left that it has to begin the next, what they
-        are joined by is of the next epoch's first half, which holds none of them.
+        Within a set's epoch no sample can come twice. The last stream to end it goes on into the next, so that its
+        batches stay full; so it is where fewer are left than ranks. What they are joined by is of the next epoch's
+        first half, which holds none of them.
         """
         others = [name for name in self._of_set if name != lead] if self.mixed else []
         rest = {s: n for name in others for s, n in self._left(name, self._epoch(name)).items()}
         for epoch in count(self._epoch(lead)):
-            left = rest | self._left(lead, epoch)
+            own = self._left(lead, epoch)
+            unfinished = [stream for stream, n in own.items() if n]
+            if len(unfinished) == 1 and not self.mixed:
+                own[unfinished[0]] += self.streams[unfinished[0]]
+            left = rest | own
             for offered in ({s: min(n, self._distinct(s)) for s, n in left.items()}, left):
                 shapes = Counter[tuple[int, int]]()
                 for stream, n in offered.items():

@@ -49,7 +49,7 @@ class Ledger:
 
     def note(self, batches: list[PlannedBatch]) -> None:
         """The batches of all ranks in one step; where they begin an epoch, what those past lack is counted."""
-        for draw in (draw for batch in batches for draw in batch.draws):
+        for draw in sorted((draw for batch in batches for draw in batch.draws), key=lambda draw: draw.epoch):
             if (draw.stream[0], draw.epoch) not in self.seen:
                 self.check_past(draw.stream[0], draw.epoch)
             self.seen[draw.stream[0], draw.epoch][draw.stream[1], draw.index] += 1
@@ -92,6 +92,19 @@ def test_an_epoch_of_several_ranks_leaves_fewer_samples_of_a_shape_than_ranks(mi
     for _ in range(300):
         ledger.note([next(rank) for rank in ranks])
     assert ledger.check() > 20
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_set_of_one_bucket_has_full_batches_only(world: int) -> None:
+    """Compiled blocks need one shape: what is left of an epoch goes first in a batch that begins the next."""
+    stream = ("edit", ((64, 64), (64, 64)))
+    ledger = Ledger({stream: 101})
+    ranks = [Plan({stream: 101}, {"edit": 1}, lambda _: 8, 0, rank, world) for rank in range(world)]
+    for _ in range(60):
+        batches = [next(made) for made in ranks]
+        assert [len(batch.draws) for batch in batches] == [8] * world
+        ledger.note(batches)
+    assert ledger.check() == 60 * 8 * world // 101
 
 
 def test_a_small_bucket_comes_in_every_epoch_of_its_set() -> None:

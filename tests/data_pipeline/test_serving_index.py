@@ -130,7 +130,8 @@ def test_many_shards_are_one_map(tmp_path: Path) -> None:
     for i in range(300):
         os.link(tar, folder / f"copy-{i:05d}.tar")
         shutil.copy(sidecar(tar), sidecar(folder / f"copy-{i:05d}.tar"))
-    (folder / "recipe.json").unlink()
+    for name in ("recipe.json", "manifest.json"):
+        (folder / name).unlink()
     found = served(tmp_path, folder)
     ((stream, count),) = found.streams["train"].items()
     before = len(os.listdir("/proc/self/fd"))
