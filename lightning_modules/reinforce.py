@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from data_pipeline.counters import counter_seed, draw
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.pictures import dashboard
 from lightning_modules.gradients import Gradients
-from lightning_modules.losses.forward_process import velocity_divergence
+from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents, sample_latents
 from lightning_modules.networks.compile import compile_blocks
@@ -34,64 +33,16 @@ from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted, of_task, score
 from lightning_modules.rollouts import collect
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
-from lightning_modules.rollouts.algorithms import Algorithm, Point
+from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
+from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.samplers import path
 from lightning_modules.samplers.timesteps import schedule
 from lightning_modules.schedule import AdamW, adamw
 
+SUPERVISED = ("posterior target", "supervised noise")  # what is drawn for the supervised loss
 PATIENCE = 50  # batches that teach nothing before a run is given up
-
-
-@dataclass
-class Sampling:
-    """How pictures are sampled to learn from.
-
-    Attributes:
-        group_size: pictures of each prompt, G.
-        groups: groups that an update learns from; prompts are sampled until so many teach something.
-        micro_groups: groups that are sampled, and later trained on, in one batch.
-        num_inference_steps: steps of the sampler.
-        guidance_scale: of classifier-free guidance, in sampling and in training; 1 needs half the evaluations.
-        negative_prompt: the text of its negative branch.
-    """
-
-    group_size: int = 12
-    groups: int = 8
-    micro_groups: int = 4
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.0
-    negative_prompt: str = ""
-
-    def __post_init__(self) -> None:
-        if self.group_size < 2 or min(self.groups, self.micro_groups, self.num_inference_steps) < 1:
-            raise InputError(f"sampling: a group has at least 2 pictures, all else is at least 1; got {self}")
-        if self.groups % self.micro_groups:
-            raise InputError(f"sampling: groups {self.groups} must be a multiple of micro_groups {self.micro_groups}")
-
-
-@dataclass
-class Regularisation:
-    """What holds the policy back.
-
-    Attributes:
-        velocity_kl: weight of the mean squared difference of its velocity from the reference's.
-        reference: checkpoint folder of the reference; None takes the weights that training starts from.
-        old_rate: how far the policy that samples follows the trained one after each update; 1 samples on policy.
-        max_grad_norm: the norm that gradients are clipped to.
-    """
-
-    velocity_kl: float = 0.0
-    reference: str | None = None
-    old_rate: float = 1.0
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.velocity_kl < 0 or not 0 < self.old_rate <= 1 or self.max_grad_norm <= 0:
-            raise InputError(
-                "regularisation: velocity_kl is at least 0, old_rate above 0 and at most 1, max_grad_norm above 0; "
-                f"got {self}"
-            )
 
 
 class ReinforceModule(L.LightningModule):
@@ -131,6 +82,10 @@ class ReinforceModule(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if regularisation.latent_kl > 0 and not isinstance(algorithm, RatioBased):
+            raise InputError(
+                f"latent_kl compares stochastic steps, which {type(algorithm).__name__} has not; use velocity_kl"
+            )
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
@@ -155,10 +110,8 @@ class ReinforceModule(L.LightningModule):
         if self.lora is not None:
             add_lora(self.transformer, self.lora, self.seed)
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
-        if self.regularisation.velocity_kl > 0:
-            self.snapshots.take("reference")
-        if self.regularisation.old_rate < 1:
-            self.snapshots.take("old")
+        for name in self.regularisation.snapshots:
+            self.snapshots.take(name)
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
 
     def on_fit_start(self) -> None:
@@ -192,7 +145,7 @@ class ReinforceModule(L.LightningModule):
             )
         self.waiting += found
         if sum(len(rollout.keys) for rollout in self.waiting) >= self.sampling.groups:
-            self.improve(self.packed())
+            self.improve(self.packed(), batch)
             self.waiting = []
 
     @torch.no_grad()
@@ -200,7 +153,7 @@ class ReinforceModule(L.LightningModule):
         """Samples groups of each prompt, has them scored meanwhile, and keeps those that teach something."""
         size, rewards = self.sampling.micro_groups, of_task(self.rewards, batch.task)
         pending: list[tuple[Rollout, Future[dict[str, Tensor]]]] = []
-        with ThreadPoolExecutor(1) as pool, self.snapshots.using("old" if self.regularisation.old_rate < 1 else None):
+        with ThreadPoolExecutor(1) as pool, self.snapshots.using("old" if "old" in self.snapshots.copies else None):
             for start in range(0, len(batch), size):
                 part = batch.rows(start, start + size)
                 rollout = self.sample(part)
@@ -208,21 +161,28 @@ class ReinforceModule(L.LightningModule):
                 for name, value in dashboard(pictures, self.sampling.group_size).items():
                     self.log(f"pictures/{batch.task}_{name}", value, batch_size=1)
                 pending.append((rollout, pool.submit(score, rewards, pictures, self.requests(part, rollout))))
-        found = [self.judged(rollout, future.result()) for rollout, future in pending]
-        return [rollout for rollout in found if rollout.keys]
+        return self.judged([(rollout, future.result()) for rollout, future in pending])
 
-    def judged(self, rollout: Rollout, scores: dict[str, Tensor]) -> Rollout:
-        """The groups of a rollout that teach something, with their rewards."""
-        shape = (len(rollout.keys), self.sampling.group_size)
-        rollout.rewards = {name: values.reshape(shape) for name, values in scores.items()}
-        total = weighted_sum(rollout.rewards, self.weights)
-        scored = total.isfinite().all(dim=1)
-        useful = scored & self.advantages.useful(total.nan_to_num())
-        if scored.any():
-            self.log(f"reward/{rollout.task}", total[scored].mean(), prog_bar=True, batch_size=1)
-        self.log("rollouts/unscored", (~scored).float().mean(), batch_size=1)
-        self.log("rollouts/useful", useful.float().mean(), prog_bar=True, batch_size=1)
-        return rollout.select(useful.nonzero().flatten().tolist())
+    def judged(self, scored: list[tuple[Rollout, dict[str, Tensor]]]) -> list[Rollout]:
+        """Rollouts with their rewards, of the groups that teach something."""
+        found, totals = [], []
+        for rollout, scores in scored:
+            shape = (len(rollout.keys), self.sampling.group_size)
+            rollout.rewards = {name: values.reshape(shape) for name, values in scores.items()}
+            totals.append(weighted_sum(rollout.rewards, self.weights))
+            useful = totals[-1].isfinite().all(dim=1) & self.advantages.useful(totals[-1].nan_to_num())
+            if useful.any():
+                found.append(rollout.select(useful.nonzero().flatten().tolist()))
+        total = torch.cat(totals)
+        known = total.isfinite().all(dim=1)
+        task = scored[0][0].task
+        if known.any():
+            self.log(f"reward/{task}", total[known].mean(), prog_bar=True, batch_size=1)
+            self.log(f"reward/{task}_std", total[known].std(dim=1).mean(), batch_size=1)
+        self.log("rollouts/unscored", 1 - known.float().mean(), batch_size=1)
+        useful_groups = sum(len(rollout.keys) for rollout in found)
+        self.log("rollouts/useful", useful_groups / len(total), prog_bar=True, batch_size=1)
+        return found
 
     @property
     def weights(self) -> dict[str, float]:
@@ -293,43 +253,60 @@ class ReinforceModule(L.LightningModule):
             found += [whole.select(range(i, i + size)) for i in range(0, len(whole.keys) - size + 1, size)]
         return found
 
-    def improve(self, rollouts: list[Rollout]) -> None:
-        """One update of the policy."""
+    def improve(self, rollouts: list[Rollout], batch: ImageBatch) -> None:
+        """One update of the policy, from rollouts, and from a batch's targets where that is asked for."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        logs = [
-            entry for number, rollout in enumerate(rollouts) for entry in self.learn(rollout, number, len(rollouts))
-        ]
+        logs = [entry for i, rollout in enumerate(rollouts) for entry in self.learn(rollout, i, len(rollouts))]
+        if self.regularisation.supervised > 0:
+            loss = self.supervised_loss(batch)
+            self.manual_backward(self.regularisation.supervised * loss)
+            self.log("train/supervised", loss.detach(), batch_size=1)
         self._gradients.changed()
         self.log("train/grad_norm", self._gradients.norm(), batch_size=1)
         self._gradients.clip(self.regularisation.max_grad_norm)
         optimizer.step()
         self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
-        if self.regularisation.old_rate < 1:
-            self.snapshots.approach("old", self.regularisation.old_rate)
+        for name, share in self.regularisation.snapshots.items():
+            self.snapshots.approach(name, share)
         for name in logs[0]:
             self.log(f"train/{name}", torch.stack([entry[name] for entry in logs]).mean(), batch_size=1)
-        self.log("train/evaluations", float(self.evaluations), batch_size=1)
+        self.log("cost/evaluations", float(self.evaluations), batch_size=1)
+        self.log("cost/per_picture", self.evaluations / self.pictures, batch_size=1)
 
     def learn(self, rollout: Rollout, number: int, count: int) -> Iterator[dict[str, Tensor]]:
         """Adds the gradients of one rollout of `count`; yields what to log of each point."""
         policy = Policy.of(self.transformer, rollout, self.sampling.guidance_scale, self.negative())
         advantages = self.advantages(rollout.rewards, self.weights).flatten().to(self.device)
         points = list(self.algorithm.points(rollout, partial(self.draw_points, number, len(rollout))))
-        old = self.under("old", policy, points) if self.regularisation.old_rate < 1 else None
-        kl = self.regularisation.velocity_kl
-        reference = self.under("reference", policy, points) if kl > 0 else None
+        frozen = {name: self.under(name, policy, points) for name in self.snapshots.copies}
         for i, point in enumerate(points):
             v = policy(point.x, point.sigma)
-            losses, metrics = self.algorithm.loss(v, v.detach() if old is None else old[i], point, rollout, advantages)
+            others = {name: velocities[i] for name, velocities in frozen.items()}
+            losses, metrics = self.algorithm.loss(v, others.get("old", v.detach()), point, rollout, advantages)
             metrics["loss"] = losses.detach().mean()
-            if reference is not None:
-                divergence = velocity_divergence(v, reference[i])
-                losses = losses + kl * divergence
-                metrics["velocity_kl"] = divergence.detach().mean()
+            for name, weight, divergence in self.regularisation.divergences(self.algorithm, v, others, point, rollout):
+                losses = losses + weight * divergence
+                metrics[name] = divergence.detach().mean()
             self.manual_backward(losses.mean() / (count * len(points)))
             yield metrics
-        self.count(len(points) * len(rollout) * (3 + (old is not None) + (reference is not None)))
+        backward = 2 if self.lora is None else 1
+        self.count(len(points) * len(rollout) * (1 + backward + len(frozen)))
+
+    def supervised_loss(self, batch: ImageBatch) -> Tensor:
+        """Flow matching on the targets of a batch, at noise levels spread evenly."""
+        with torch.no_grad():
+            batch = self._encoder.encode_batch(batch.to(self.device))
+            sequence, pooled = self._prompts(batch.prompts)
+            references = self.encode_references(batch)
+            shape = (batch.target.shape[1] // 2, *batch.target.shape[2:])
+            draws = [draw(torch.randn, shape, self.seed, name, batch.epochs, batch.sample_ids) for name in SUPERVISED]
+            posterior, noise = (each.to(self.device) for each in draws)
+            x0 = sample_latents(self.pipeline().vae, batch.target, posterior)
+            sigma = draw(torch.rand, (), self.seed, "supervised sigma", batch.epochs, batch.sample_ids).to(x0)
+        v = Policy(self.transformer, sequence, pooled, references)(path.interpolate(x0, noise, sigma), sigma)
+        self.count(len(batch) * (2 if self.lora else 3))
+        return flow_matching(v, path.velocity(x0, noise), torch.ones_like(sigma))
 
     @torch.no_grad()
     def under(self, name: str, policy: Policy, points: list[Point]) -> list[Tensor]:

@@ -47,7 +47,7 @@ def relations(a: Detection, b: Detection) -> set[str]:
     The distance of the centres on each axis, less a margin of both boxes' sizes, must be more than half of the whole
     distance; nothing where the boxes are too near on both axes.
     """
-    found = set()
+    found: set[str] = set()
     offset, beyond = [0.0, 0.0], [0.0, 0.0]
     for axis in (0, 1):
         size = abs(a.box[axis + 2] - a.box[axis]) + abs(b.box[axis + 2] - b.box[axis])

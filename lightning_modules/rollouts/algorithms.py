@@ -124,6 +124,13 @@ class RatioBased:
         log_prob, old = (sde.log_prob(c, self.unit, following, each) for each in (mean, old_mean))
         return Comparison(log_prob, log_prob - old, mean, old_mean, c, t.sigmas[i].item() - t.sigmas[i + 1].item())
 
+    # Flow-GRPO (arXiv 2505.05470), equation 7, with the diffusion coefficient alone in the denominator as in its code.
+    def latent_divergence(self, v: Tensor, reference: Tensor, point: Point, rollout: Rollout) -> Samples:
+        """KL divergence from the reference's step, over -dt: mean (mu - mu_ref)^2 / (2 s_t^2)."""
+        found = self.compare(v, reference, point, rollout)
+        diffusion = found.coefficients.std / found.dt**0.5
+        return gaussian_divergence(found.mean, found.old_mean, diffusion)
+
 
 class Comparison(NamedTuple):
     """One step under two policies; `dt` is sigma - sigma'."""

@@ -20,12 +20,13 @@ from data_pipeline.errors import InputError
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.pipelines import KontextPipeline
-from lightning_modules.reinforce import PATIENCE, Regularisation, ReinforceModule, Sampling
+from lightning_modules.reinforce import PATIENCE, ReinforceModule
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted
 from lightning_modules.rollouts.algorithms import AWM, GRPO, DiffusionNFT, FlowDPPO, GRPOGuard, Window
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
+from lightning_modules.rollouts.settings import Regularisation, Sampling
 from lightning_modules.schedule import AdamW
 
 SAMPLING = Sampling(group_size=3, groups=4, micro_groups=2, num_inference_steps=4)
@@ -122,6 +123,19 @@ def sampled(module: ReinforceModule, batch: ImageBatch, tmp_path: Path) -> Rollo
     return rollout
 
 
+def watched(module: ReinforceModule) -> list[list[str]]:
+    """The keys of the groups that each update learns from."""
+    found: list[list[str]] = []
+    improve = module.improve
+
+    def noted(rollouts: list[Rollout], batch: ImageBatch) -> None:
+        found.append([key for rollout in rollouts for key in rollout.keys])
+        improve(rollouts, batch)
+
+    module.improve = noted
+    return found
+
+
 @pytest.mark.parametrize("algorithm", RATIO_BASED, ids=lambda a: f"{type(a).__name__}-{a.sampler}")
 def test_log_probabilities_agree_bitwise_and_the_first_ratio_is_one(folder: str, algorithm, tmp_path: Path) -> None:
     module = made(folder, algorithm)
@@ -176,7 +190,10 @@ def test_an_update_waits_until_enough_groups_teach_something(folder: str, tmp_pa
     module = made(folder, reward=Picky())
     updates: list[list[str]] = []
     improve = module.improve
-    module.improve = lambda rollouts: (updates.append([k for r in rollouts for k in r.keys]), improve(rollouts))
+    module.improve = lambda rollouts, batch: (
+        updates.append([k for r in rollouts for k in r.keys]),
+        improve(rollouts, batch),
+    )
     trained(module, [prompts(i) for i in range(9)], 2, tmp_path)
     assert updates == [["k0-0", "k1-0", "k2-0", "k3-0"], ["k4-0", "k5-0", "k6-0", "k7-0"]]
 
@@ -211,7 +228,10 @@ def test_no_failure_of_a_reward_becomes_a_number(folder: str, fault: str, tmp_pa
     module = made(folder, reward=Faulty(fault))
     kept: list[list[str]] = []
     improve = module.improve
-    module.improve = lambda rollouts: (kept.append([k for r in rollouts for k in r.keys]), improve(rollouts))
+    module.improve = lambda rollouts, batch: (
+        kept.append([k for r in rollouts for k in r.keys]),
+        improve(rollouts, batch),
+    )
     trained(module, [prompts(i) for i in range(4)], 1, tmp_path)
     # The second call is on the prompts 2 and 3 of the first batch; one missing number loses its own group alone.
     lost = {"k0-2"} if fault in ("nan", "none") else {"k0-2", "k0-3"}
@@ -311,6 +331,32 @@ def test_the_velocity_kl_pulls_to_the_reference(folder: str, tmp_path: Path) -> 
     assert away[10.0] < away[0.0]
 
 
+def test_every_regularisation_has_a_gradient_and_its_cost_is_counted(folder: str, tmp_path: Path) -> None:
+    settings = Regularisation(velocity_kl=0.1, latent_kl=0.04, ema_kl=0.1, supervised=0.5, old_rate=0.5)
+    module = made(folder, GRPO("flow", unit="gaussian", clip=1e-4, window=WINDOW), regularisation=settings)
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.__setitem__(name, float(value))
+    trained(module, [prompts(i) for i in range(3)], 3, tmp_path)
+    assert all(logged[f"train/{name}"] > 0 for name in ("velocity_kl", "latent_kl", "ema_kl", "supervised"))
+    # A batch of 12 pictures: 4 steps of sampling; 2 points, each a forward and a backward pass and three copies'; 4
+    # targets, each a forward and a backward pass.
+    assert module.evaluations == 3 * (12 * 4 + 12 * 2 * (3 + 3) + 4 * 3)
+    assert logged["cost/per_picture"] == pytest.approx(module.evaluations / 36)
+
+
+def test_the_published_preset_costs_74_forward_passes_a_picture(folder: str, tmp_path: Path) -> None:
+    """Flow-GRPO's ten steps with guidance, nine of them trained with a KL term, and LoRA: spec of its authors' code."""
+    module = made(
+        folder,
+        GRPO("flow", noise=0.7, unit="gaussian", clip=1e-4, window=Window(9, (0, 9))),
+        sampling=Sampling(group_size=2, groups=2, micro_groups=2, num_inference_steps=10, guidance_scale=4.5),
+        regularisation=Regularisation(latent_kl=0.04),
+        lora=Lora(rank=2, alpha=4),
+    )
+    trained(module, [prompts(0, count=2)], 1, tmp_path)
+    assert module.evaluations / module.pictures == 74
+
+
 def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path) -> None:
     """Where all pictures are entirely good and beta is 1, NFT regresses on them as flow matching does."""
     module = made(folder)
@@ -337,6 +383,8 @@ def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path)
         (lambda: GRPO("cps", unit="gaussian"), "log-probabilities in 'squared'"),
         (lambda: GRPOGuard("precise"), "defined for"),
         (lambda: Regularisation(old_rate=0.0), "old_rate"),
+        (lambda: Regularisation(ema_kl=-1.0), "at least 0"),
+        (lambda: ReinforceModule("x", {}, AWM(), regularisation=Regularisation(latent_kl=0.1)), "which AWM has not"),
         (lambda: Weighted(Brightness(), math.nan), "weight"),
     ],
 )
