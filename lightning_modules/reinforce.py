@@ -105,6 +105,7 @@ class ReinforceModule(L.LightningModule):
         if self.max_sequence_length is not None:
             self._pipeline.limit_t5(self.max_sequence_length)
         self._encoder, self._prompts = LatentEncoder(self._pipeline.vae), PromptCache(self._pipeline)
+        self._pipeline.vae.decoder.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
         if self.lora is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 Pictures = Float[Tensor, "b 3 h w"]
 Figures = Float[Tensor, " b"]
@@ -39,8 +38,9 @@ def colour_entropy(pictures: Pictures) -> Figures:
     """Entropy of the histogram of 8 x 8 x 8 colours over its largest value of 9 bits: 0 of one colour, 1 of all."""
     levels = (pictures * LEVELS).long().clamp(0, LEVELS - 1)
     colours = (levels[:, 0] * LEVELS + levels[:, 1]) * LEVELS + levels[:, 2]
-    counts = functional.one_hot(colours.flatten(1), LEVELS**3).sum(dim=1).float()
-    share = counts / counts.sum(dim=1, keepdim=True)
+    share = pictures.new_zeros(len(pictures), LEVELS**3)
+    share.scatter_add_(1, colours.flatten(1), torch.full_like(colours.flatten(1), 1, dtype=share.dtype))
+    share /= share.sum(dim=1, keepdim=True)
     return torch.special.entr(share).sum(dim=1) / torch.tensor(float(LEVELS**3)).log()
 
 
