@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import ExifTags, Image
+from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from data_pipeline.index import sample_id, sidecar, with_scores
+from data_pipeline.pictures import SIDEWAYS, orientation
 from data_pipeline.records import KEY_PATTERN, Record, facts
 
 READABLE = ["PNG", "JPEG", "WEBP"]
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 Scored = tuple[Record, Mapping[str, Any]]  # a record and its scores by column
 
@@ -53,8 +53,8 @@ def upright_size(data: bytes) -> tuple[int, int]:
         width, height = header.size
         # To look for orientation, Pillow decodes the whole of a PNG; nearly none carries any of its three carriers.
         plain = header.format == "PNG" and not any(mark in data for mark in (b"eXIf", b"exif", b"XML:com.adobe.xmp"))
-        orientation = 1 if plain else header.getexif().get(ExifTags.Base.Orientation, 1)
-    return (height, width) if orientation in SIDEWAYS else (width, height)
+        turned = 1 if plain else orientation(header)
+    return (height, width) if turned in SIDEWAYS else (width, height)
 
 
 def describe(record: Record, hashes: Mapping[str, bytes]) -> bytes:
