@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data_pipeline import parquet
 from data_pipeline.batches import TASKS
 from data_pipeline.errors import InputError
 from data_pipeline.index import place_of, shard_of
@@ -68,11 +68,7 @@ class Part:
 
 def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> Part:
     """Writes the records of a sidecar, sorted by stream, to `output`; `kept` are sorted sample ids, None keeps all."""
-    try:
-        table = pq.read_table(path, columns=COLUMNS).combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        what = str(error).partition(" in ")[0]
-        raise InputError(f"{path} is damaged or of an older version, build or index it again: {what}") from error
+    table = parquet.read(path, COLUMNS).combine_chunks()
     facts = table.schema.metadata or {}
     shard = shard_of(path, facts)
     record = numbered(table["key"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from data_pipeline import parquet
 from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor
 from data_pipeline.executors.task import EXAMPLES, ScoreStep, batched, score_columns
@@ -49,7 +48,7 @@ def score(folder: Path, steps: Sequence[ScoreStep], executor: Executor) -> str:
         with FileLock(folder / ".lock", timeout=0):
             for leftover in folder.glob(f".*{SUFFIX}.*.tmp"):  # of workers that were killed
                 leftover.unlink()
-            tasks = [path for path in listed if missing(pq.read_schema(path), steps)]
+            tasks = [path for path in listed if missing(parquet.schema(path), steps)]
             reports = executor.run(tasks, partial(score_shard, steps=steps))
             found = list(progress(reports, len(tasks), "shards"))
     except Timeout as error:
@@ -75,7 +74,7 @@ def bare(field: pa.Field) -> pa.Field:
 
 def score_shard(path: Path, steps: Sequence[ScoreStep]) -> dict[str, Any]:
     """Scores the records of one index and replaces it; batches never cross it, so its bytes depend on nothing else."""
-    table = pq.read_table(path)
+    table = parquet.read(path)
     table = table.cast(pa.schema(map(bare, table.schema), table.schema.metadata))
     wanted = missing(table.schema, steps)
     unread: list[Rejected] = []
@@ -88,9 +87,7 @@ def score_shard(path: Path, steps: Sequence[ScoreStep]) -> dict[str, Any]:
         values = pa.array([scores.get(key, {}).get(column.name) for key in keys], column.type)
         place = table.schema.get_field_index(column.name)
         table = table.append_column(column, values) if place < 0 else table.set_column(place, column, values)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, parquet.encoded(table))
     examples = [f"{path.name}: {item.key}: {item.reason}: {item.detail}" for item in unread[:EXAMPLES]]
     return {"scored": len(scores), "unread": len(unread), "examples": examples}
 

@@ -6,7 +6,6 @@ others. Selecting again replaces it.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from data_pipeline import parquet
 from data_pipeline.duplicates import any_near, first_of_equal, first_of_near
 from data_pipeline.errors import InputError
 from data_pipeline.index import DECIDED, KEEP, TEXT_FIELDS, location, sidecars, state_of
@@ -129,7 +128,7 @@ def labelled(condition: str, listed: Listed) -> str:
     """A condition as the funnel names it, with the folders that have no such column and pass whole."""
     match = CONDITION.fullmatch(condition)
     assert match is not None
-    lacking = [paths[0].parent for paths in listed.values() if match[1] not in pq.read_schema(paths[0]).names]
+    lacking = [paths[0].parent for paths in listed.values() if match[1] not in parquet.schema(paths[0]).names]
     return condition + (f" (no such column in {', '.join(map(str, lacking))})" if lacking else "")
 
 
@@ -140,12 +139,10 @@ def per_folder(table: pa.Table, folders: int) -> list[int]:
 
 def write_kept(folder: Path, table: pa.Table, funnel: Sequence[tuple[str, int, int]]) -> None:
     """Writes a folder's keep.parquet."""
-    buffer = io.BytesIO()
     kept = table.select(["sample_id"]).replace_schema_metadata(
         {"funnel": json.dumps(funnel), DECIDED: state_of(sidecars(folder))}
     )
-    pq.write_table(kept, buffer, compression="zstd")
-    atomic_write(folder / KEEP, buffer.getvalue())
+    atomic_write(folder / KEEP, parquet.encoded(kept))
 
 
 def needed_columns(listed: Listed, rules: Selection) -> list[str]:
@@ -154,7 +151,7 @@ def needed_columns(listed: Listed, rules: Selection) -> list[str]:
     A column of a condition may be missing from a whole folder, of which every record then passes, but not from all
     folders or from some indexes of one: that would pass records that nobody scored.
     """
-    schemas = {number: [pq.read_schema(path) for path in paths] for number, paths in listed.items()}
+    schemas = {number: [parquet.schema(path) for path in paths] for number, paths in listed.items()}
     conditions = [condition for condition in [*rules.where, *rules.share] if CONDITION.fullmatch(condition)]
     wanted = [match[1] for condition in conditions if (match := CONDITION.fullmatch(condition))]
     for name in dict.fromkeys([*wanted, *rules.scorers]):
@@ -186,7 +183,7 @@ def check_column(path: Path, schema: pa.Schema, name: str, scorer: str | None) -
 def check_perceptual(listed: Listed) -> None:
     """Refuses perceptual hashes where an index has none to compare them with."""
     for path in (path for paths in listed.values() for path in paths):
-        if not set(PERCEPTUAL) <= set(pq.read_schema(path).names):
+        if not set(PERCEPTUAL) <= set(parquet.schema(path).names):
             raise InputError(
                 f"decontaminate lists perceptual hashes, {path} lacks one of {' and '.join(PERCEPTUAL)}; add them: "
                 f"python -m data_pipeline score {path.parent} -c configs/data/text_image.yaml"
@@ -208,8 +205,8 @@ def record_rows(listed: Listed, columns: Sequence[str]) -> pa.Table:
     paths = [(number, path) for number, paths in listed.items() for path in paths]
     parts = []
     for number, path in progress(paths, len(paths), "indexes"):
-        there = set(pq.read_schema(path).names)
-        part = pq.read_table(path, columns=[*(name for name in columns if name in there), "field"])
+        there = set(parquet.schema(path).names)
+        part = parquet.read(path, [*(name for name in columns if name in there), "field"])
         part = part.filter(pc.is_in(part["field"], pa.array(TEXT_FIELDS))).drop(["field"])
         parts.append(part.append_column("folder", pa.array(np.full(part.num_rows, number, np.int16))))
     try:
@@ -259,7 +256,7 @@ def holds_member(listed: Listed, table: pa.Table, hashes: Sequence[bytes]) -> np
     for number, paths in listed.items() if hashes else ():
         found = []
         for path in progress(paths, len(paths), "indexes"):
-            rows = pq.read_table(path, columns=["sample_id", "sha256"])
+            rows = parquet.read(path, ["sample_id", "sha256"])
             found.append(rows.filter(pc.is_in(rows["sha256"], wanted))["sample_id"].to_numpy())
         holds |= (folder == number) & np.isin(ids, np.concatenate(found))
     return holds

@@ -26,6 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from data_pipeline.batches import TASKS
+from data_pipeline.errors import InputError
 from data_pipeline.index import KEEP, SUFFIX, IndexedRecord, Member, kept_ids, location, named, shard_at, sidecars
 from data_pipeline.plan import Bucket, Stream
 from data_pipeline.progress import progress
@@ -160,11 +161,17 @@ class ServingIndex:
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
         self.tasks: dict[str, str] = {}
         kinds: dict[str, set[str]] = {}
+        owners: dict[str, str] = {}
         for name, _, kind, *_ in index["columns"]:
             kinds.setdefault(name, set()).add(kind)
         for name, part, kind, sizes, count, first in index["columns"]:
             set_name = (name if len(kinds[name]) == 1 else f"{name}.{kind}") if name else kind
             stream = set_name, tuple((height, width) for height, width in sizes)
+            if owners.setdefault(set_name, name) != name:
+                raise InputError(
+                    f"two sets of data.shards are called {set_name}: one of your own, and one of records that name "
+                    "their set themselves (of scenes too); give yours another name"
+                )
             self._columns[part, stream] = "text_image" if kind == "text_to_image" else "edit", first
             self.streams[part][stream] = count
             self.tasks[set_name] = TASKS[self._columns[part, stream][0]]

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from xxhash import xxh3_64_intdigest
 
+from data_pipeline import parquet
 from data_pipeline.index import sample_id, sidecar, with_scores
 from data_pipeline.pictures import SIDEWAYS, orientation
 from data_pipeline.records import KEY_PATTERN, Record, facts
@@ -95,9 +95,8 @@ def write_shard(path: Path, records: Iterable[Scored], columns: Sequence[pa.Fiel
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        table = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=with_scores(columns)), table, compression="zstd")
-        atomic_write(sidecar(path), table.getvalue())  # before the tar: a tar that is there always has its index
+        table = pa.Table.from_pylist(rows, schema=with_scores(columns))
+        atomic_write(sidecar(path), parquet.encoded(table))  # before the tar: a tar that is there always has its index
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

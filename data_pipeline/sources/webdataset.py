@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from data_pipeline import parquet
 from data_pipeline.errors import InputError
-from data_pipeline.index import built_shards, sidecar
+from data_pipeline.index import sidecar
+from data_pipeline.manifest import built_shards
 from data_pipeline.records import KEY_PATTERN, EncodedImage, ReasoningRecord, Record, Rejected, facts, record_from, slug
 from data_pipeline.sources.conversations import RowError
 from data_pipeline.sources.drafts import Draft, draft
@@ -200,13 +199,8 @@ def indexed_hashes(tar: Path) -> Promised:
     """The hashes of a sidecar index of ours; empty where there is none, or one made from headers alone."""
     if not sidecar(tar).is_file():
         return {}
-    try:
-        rows = pq.read_table(sidecar(tar), columns=["key", "field", "extension", "sha256"]).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        what = " ".join(str(error).split())
-        raise InputError(
-            f"{sidecar(tar)} is damaged: {what}; remove it to read the tar without what it says"
-        ) from error
+    remedy = "remove it to read the tar without what it says"
+    rows = parquet.read(sidecar(tar), ["key", "field", "extension", "sha256"], remedy).to_pylist()
     names = {"json": "{field}"}
     return {
         (row["key"], names.get(row["field"], "{field}.{extension}").format(**row)): row["sha256"]

@@ -15,7 +15,8 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.errors import InputError
-from data_pipeline.index import MANIFEST, load_index, read_member, sample_id, sidecar
+from data_pipeline.index import load_index, read_member, sample_id, sidecar
+from data_pipeline.manifest import MANIFEST
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.records import EncodedImage, TextImageRecord
 from data_pipeline.shards import write_shard

@@ -96,6 +96,12 @@ def test_a_selection_is_honoured_and_a_new_one_too(tmp_path: Path) -> None:
     assert {record.key for *_, record in everything(served(tmp_path, folder))} == kept and 0 < len(kept) < 40
 
 
+def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
+    edits = [str(micro_shards(tmp_path / name, 0, 9)) for name in ("a", "b")]
+    with pytest.raises(InputError, match="two sets of data.shards are called edit"):
+        ServingIndex(build(tmp_path / "index", {"edit": edits[:1], "": edits[1:]}, RULE))
+
+
 def test_nothing_is_sorted_twice(tmp_path: Path) -> None:
     folder = micro_shards(tmp_path / "a", 60, 60)
     served(tmp_path, folder)
