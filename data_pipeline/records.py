@@ -165,6 +165,7 @@ class ReasoningRecord:
 
 
 Record = TextImageRecord | EditRecord | PromptRecord | PreferenceRecord | ReasoningRecord
+KINDS = ("text_image", "edit", "prompt", "preference", "reasoning")
 
 
 def facts(record: Record) -> dict[str, Any]:

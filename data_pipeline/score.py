@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from data_pipeline import parquet
+from data_pipeline.endpoint import plain
 from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor
 from data_pipeline.executors.task import EXAMPLES, ScoreStep, batched, score_columns
@@ -123,4 +126,23 @@ def summary(reports: Sequence[dict[str, Any]], shards: int) -> str:
     if unread:
         examples = [line for report in reports for line in report["examples"]]
         lines += [f"{unread:,} do not decode, their scores are null:", *(f"  {line}" for line in examples[:EXAMPLES])]
+    return "\n".join(lines)
+
+
+def unscored(folder: Path) -> str:
+    """How many records of a folder have no score, and the commonest reasons: what columns `*_note` say."""
+    notes: dict[str, Counter[str]] = {}
+    records = 0
+    for path in sidecars(folder):
+        names = [name for name in parquet.schema(path).names if name.endswith("_note")]
+        table = parquet.read(path, [*names, "field"])
+        table = table.filter(pc.is_in(table["field"], pa.array(TEXT_FIELDS)))
+        records += table.num_rows
+        for name in names:
+            notes.setdefault(name, Counter()).update(table[name].drop_null().to_pylist())
+    lines = []
+    for name, found in sorted(notes.items()):
+        if found:
+            lines.append(f"{found.total():,} of {records:,} records have no score, {name} says why:")
+            lines += [f"  {count:,} x {plain(note)[:200]}" for note, count in found.most_common(EXAMPLES)]
     return "\n".join(lines)
