@@ -266,6 +266,8 @@ def checked(record: Record) -> Record:
     """The record, if its facts can be stored and its text is one that a build would keep."""
     if refused := LIMITS.refused_text(storable(record).prompt):
         raise Refused(*refused)
+    if len(record.images) > LIMITS.max_pictures:
+        raise Refused("too_many_pictures", f"{len(record.images)} pictures, at most {LIMITS.max_pictures}")
     return record
 
 

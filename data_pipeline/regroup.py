@@ -142,6 +142,8 @@ def roles(fields: pa.ChunkedArray) -> np.ndarray:
     """What each member is to its record: 0 the target, 1 + i reference i, then its texts, and what is not used."""
     known = {"target": 0, "image": 0, "txt": TEXT, "json": TEXT + 1, **{f"source{i}": 1 + i for i in range(REFERENCES)}}
     encoded = fields.combine_chunks().dictionary_encode()
+    if f"source{REFERENCES}" in encoded.dictionary.to_pylist():
+        raise InputError(f"the index has a record of more than {REFERENCES} references; build its shards again")
     values = np.asarray([known.get(name, UNUSED) for name in encoded.dictionary.to_pylist()], dtype=np.int64)
     return values[encoded.indices.to_numpy()] if len(values) else np.empty(0, np.int64)
 

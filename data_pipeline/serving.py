@@ -49,7 +49,8 @@ def build(root: Path, folders: Folders, rule: Rule) -> Path:
     kept = {folder: kept_ids(folder) for _, folder in sources}
     output = root / digest(VERSION, rule, jobs)
     with FileLock(root / ".lock"):
-        if not (output / "index.json").is_file():
+        if not readable(output):
+            shutil.rmtree(output, ignore_errors=True)  # not written over: another run may have mapped it
             logger.info("sorting %d indexes for training, once, in %s", len(jobs), root)
             with TemporaryDirectory(dir=root) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
                 calls = pool.map(
@@ -61,6 +62,17 @@ def build(root: Path, folders: Folders, rule: Rule) -> Path:
         os.utime(output, ns=(time.time_ns(), time.time_ns()))  # finer than the system's own
         forget(root)
     return output
+
+
+def readable(folder: Path) -> bool:
+    """Whether a folder was finished and is whole."""
+    try:
+        return (folder / "index.json").is_file() and bool(ServingIndex(folder).content)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        logger.warning("%s is damaged and made again", folder)
+        return False
 
 
 def facts(path: Path) -> list[object]:

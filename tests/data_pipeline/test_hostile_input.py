@@ -93,6 +93,7 @@ def test_grey_of_16_bits_is_looked_at_however_large() -> None:
         b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x0e\0\x03\0\0\0\x02\0\1\0\2\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
     ],
 )
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_every_reader_takes_malformed_exif_alike(form: str, exif: bytes, tmp_path: Path) -> None:
     data = encoded((40, 20), form, exif=exif)
     record = TextImageRecord("a", EncodedImage(data, {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[form]), "words")
@@ -272,7 +273,11 @@ def only(folder: Path, pattern: str) -> Path:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "manifest cut": (lambda out: (out / "manifest.json").write_text("{"), "not the manifest", "not the manifest"),
-    "manifest of another": (lambda out: (out / "manifest.json").write_text("[]"), "not the manifest", "it has no"),
+    "manifest of another": (
+        lambda out: (out / "manifest.json").write_text("[]"),
+        "not the manifest",
+        "is not the manifest of a build",
+    ),
     "shard gone": (lambda out: only(out, "*.tar").unlink(), "is missing", "holds no shards"),
     "shard cut": (lambda out: os.truncate(only(out, "*.tar"), 99), "has 99 bytes", "truncated"),
     "index gone": (lambda out: only(out, "*.index.parquet").unlink(), "index is missing", "has no index"),
@@ -307,7 +312,7 @@ def test_inspect_refuses_bytes_that_changed_and_an_index_that_is_none(tmp_path: 
     assert "differs from its index" in capsys.readouterr().err
     (tmp_path / "s.index.parquet").write_bytes(b"not parquet")
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "is damaged, build the shards again" in capsys.readouterr().err
+    assert "is damaged or of an older version" in capsys.readouterr().err
 
 
 def test_an_impossible_output_is_one_line(tmp_path: Path, capsys) -> None:
@@ -332,6 +337,12 @@ def test_the_page_shows_sources_in_order_and_examples_of_what_was_lost(tmp_path:
     places = [page.index(f'alt="source{i}"') for i in range(11)] + [page.index('alt="target"')]
     assert places == sorted(places)
     assert "missing_file" in page and "&lt;i&gt;.png" in page and "<i>" not in page and "<b>" not in page
+
+
+def test_a_record_of_more_pictures_than_training_reads_is_rejected() -> None:
+    image = EncodedImage(encoded(), "png")
+    assert isinstance(Decode()(EditRecord("k", (image,) * 64, image, "words")), EditRecord)
+    assert Decode()(EditRecord("k", (image,) * 65, image, "words")).reason == "too_many_pictures"
 
 
 def test_a_number_beyond_any_float_is_carried_along_and_no_column() -> None:
