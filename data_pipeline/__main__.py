@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     encode.add_argument("--device", default="auto", help="what encodes: auto is a GPU where there is one")
     arguments, rest = parser.parse_known_args(argv)
     prefix = {"build": "--source.", "select": "--rules."}.get(arguments.command, "--none.")
-    unknown = [option for option in rest if option.startswith("-") and not option.startswith(prefix)]
+    names = [option for option in rest if re.match(r"-(?![\d.])", option)]  # -1 is a value
+    unknown = [option for option in names if not option.startswith(prefix)]
     if unknown or (rest and not rest[0].startswith(prefix)):
         parser.error(f"unknown options: {' '.join(unknown or rest)}")
     return arguments, rest

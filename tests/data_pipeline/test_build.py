@@ -71,6 +71,19 @@ def test_a_folder_becomes_shards_and_every_loss_is_counted(pictures: Path, tmp_p
     assert any("lonely.png" in line for line in manifest["examples"]["source: image_without_caption"])
 
 
+def test_names_forge_no_lines_and_links_to_folders_are_counted(pictures: Path, tmp_path: Path, capsys) -> None:
+    (pictures / "x\nrecords seen 9, kept 9\x1b[2J.txt").write_text("words")
+    (pictures / "linked").symlink_to(pictures / "sub")
+    command = ["build", "-c", str(RECIPES / "text_image.yaml"), "--source.path", str(pictures)]
+    assert main([*command, "--output", str(tmp_path / "out"), "--max_rejected", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(line.startswith("records seen 9") or "\x1b" in line for line in lines)
+    assert any(
+        "x\\x0arecords seen 9, kept 9\\x1b[2J.txt has no picture of the same name (.png" in line for line in lines
+    )
+    assert any("rejected 1: linked_folder" in line for line in lines)
+
+
 def test_stock_webdataset_reads_the_tars(pictures: Path, tmp_path: Path) -> None:
     build("text_image", pictures, tmp_path / "out")
     samples = list(webdataset.WebDataset(str(only_shard(tmp_path / "out")), shardshuffle=False))
@@ -200,6 +213,10 @@ def test_keys_are_checked_and_a_failed_shard_leaves_nothing(keys: list[str], mes
         (["build", "-c", "{unknown}", "--source.path", "{empty}"], "bogus"),
         (["build", "-c", "{forbidden}"], "must start with data_pipeline."),
         (["build", "-c", "{binary}"], "is not YAML"),
+        (["build", "-c", "{recipe}", "--source.path", "-1"], "source.path -1 does not exist"),
+        (["build", "-c", "{list}"], "got list"),
+        (["build", "-c", "{arguments}"], "source: expected settings by their names, got [1]"),
+        (["select", "{empty}", "-c", "{list}"], "rules: expected settings by their names, got [1]"),
         (["inspect", "nowhere"], "there is no folder of shards at nowhere"),
         (["inspect", "{empty}"], "holds no shards"),
     ],
@@ -210,7 +227,10 @@ def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Pa
     (tmp_path / "unknown.yaml").write_text(recipe.read_text().replace('{path: ""', '{bogus: 1, path: ""'))
     (tmp_path / "forbidden.yaml").write_text("source: {class_path: subprocess.Popen, init_args: {args: [id]}}")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    names = {name: tmp_path / f"{name}.yaml" for name in ("unknown", "forbidden", "binary")}
+    (tmp_path / "list.yaml").write_text("[1]")
+    (tmp_path / "arguments.yaml").write_text("source: {class_path: data_pipeline.sources.Folder, init_args: [1]}")
+    files = ("unknown", "forbidden", "binary", "list", "arguments")
+    names = {name: tmp_path / f"{name}.yaml" for name in files}
     filled = [a.format(recipe=recipe, empty=tmp_path / "empty", **names) for a in arguments]
     filled += ["--output", str(tmp_path / "out")] if filled[0] == "build" else []
     assert main(filled) == 2
