@@ -268,6 +268,18 @@ def test_a_truncated_shard_is_named(pictures: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / MANIFEST).is_file()
 
 
+def test_a_resumed_build_that_nothing_survives_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png").with_suffix(".txt").write_text("words")
+    out = tmp_path / "out"
+    build("text_image", tmp_path / "in", out)
+    (out / MANIFEST).unlink()
+    (out / "my_notes.txt").write_text("precious")
+    (tmp_path / "in" / "a.txt").write_text(" ")
+    with pytest.raises(InputError, match="no record survived"):
+        build("text_image", tmp_path / "in", out)
+    assert (out / "my_notes.txt").read_text() == "precious" and not list(out.glob("*.tar"))
+
+
 def test_input_that_changed_before_a_build_was_finished_leaves_no_shard_behind(tmp_path: Path) -> None:
     for i in range(10):
         picture(tmp_path / "in" / f"{i}.png", i).with_suffix(".txt").write_text(f"caption {i}")
