@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_pipeline.executors.on_ray import Ray
 from data_pipeline.index import KEEP, SUFFIX
 from data_pipeline.inspect import inspect
 from data_pipeline.recipe import load_recipe, load_scoring, load_selection, share_of_rejected
-from data_pipeline.score import score
+from data_pipeline.score import score, unscored
 from data_pipeline.select import report, select
 
 ENCODERS = "lightning_modules.pipelines.encoders"
@@ -71,7 +72,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     encode.add_argument("--device", default="auto", help="what encodes: auto is a GPU where there is one")
     arguments, rest = parser.parse_known_args(argv)
     prefix = {"build": "--source.", "select": "--rules."}.get(arguments.command, "--none.")
-    unknown = [option for option in rest if option.startswith("-") and not option.startswith(prefix)]
+    names = [option for option in rest if re.match(r"-(?![\d.])", option)]  # -1 is a value
+    unknown = [option for option in names if not option.startswith(prefix)]
     if unknown or (rest and not rest[0].startswith(prefix)):
         parser.error(f"unknown options: {' '.join(unknown or rest)}")
     return arguments, rest
@@ -104,7 +106,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         case "score":
             steps, executor = load_scoring(arguments.config), chosen_executor(arguments)
             print(f"scoring {arguments.folder} by {', '.join(type(step).__name__ for step in steps)} by {executor}")
-            print(score(arguments.folder, steps, executor))
+            print(score(arguments.folder, steps, executor), unscored(arguments.folder), sep="\n")
             print(f"columns in {arguments.folder}/*{SUFFIX}; look: python -m data_pipeline inspect {arguments.folder}")
         case "index":
             print(f"indexing {' '.join(arguments.tars)} into {arguments.output}, as {arguments.layout}")
@@ -136,6 +138,8 @@ def run_build(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"building {output} from {type(recipe.source).__name__} by {executor}")
     manifest = recipe.build(output, executor)
     print(summary(manifest))
+    if notes := unscored(output):
+        print(notes)
     if manifest.get("reused"):
         print("nothing to do: this build was finished before; to build changed input, choose a new --output")
     print(f"{len(manifest['shards'])} shards in {output}; look: python -m data_pipeline inspect {output}")

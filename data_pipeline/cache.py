@@ -82,7 +82,10 @@ class FeatureStore:
         if not about.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(about, json.dumps({"fingerprint": self.fingerprint}).encode())
-        found = json.loads(about.read_text())["fingerprint"]
+        try:
+            found = json.loads(about.read_text())["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{about} is damaged; delete {self.folder}, it is filled again") from error
         if found != self.fingerprint:
             raise InputError(
                 f"the cache {self.folder} was filled by the encoder {found}, this run has {self.fingerprint}; give "
@@ -157,8 +160,8 @@ class FeatureStore:
     def _read_indexes(self) -> None:
         """Tables of tars that were finished since, merged with those that are not much larger: none is sorted often."""
         known = set(self._tars)
-        new = [path for path in sorted(self.folder.glob("*.tar")) if path not in known and index_of(path).is_file()]
-        tables = [np.load(index_of(path), allow_pickle=False) for path in new]
+        read = {path: table_of(path) for path in sorted(self.folder.glob("*.tar")) if path not in known}
+        new, tables = [path for path in read if len(read[path])], [table for table in read.values() if len(table)]
         for number, table in enumerate(tables, len(self._tars)):
             table["tar"] = number
         self._tars += new
@@ -175,6 +178,20 @@ class FeatureStore:
 def index_of(tar: Path) -> Path:
     """The table beside a tar of entries."""
     return tar.with_suffix(".npy")
+
+
+def table_of(tar: Path) -> np.ndarray:
+    """The entries of a tar, none of one that is unfinished or damaged: what it held is encoded again."""
+    try:
+        rows: np.ndarray = np.load(index_of(tar), allow_pickle=False)
+        if rows.dtype == ROW and tar.stat().st_size >= (rows["offset"] + rows["size"]).max(initial=0):
+            return rows
+    except FileNotFoundError:
+        return np.empty(0, ROW)
+    except (OSError, ValueError, EOFError):
+        pass
+    logger.warning("%s or its index is damaged; what it held is encoded again", tar)
+    return np.empty(0, ROW)
 
 
 def fill(store: FeatureStore, encoder: Encoder, wanted: Iterable[tuple[str, Callable[[], Any]]], total: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 from torch.utils.data import DataLoader
 
-from data_pipeline import scenes, serving
+from data_pipeline import options, scenes, serving
 from data_pipeline.batches import ImageBatch
 from data_pipeline.cache import FeatureStore, check_filled, fill
 from data_pipeline.dataset import (
@@ -130,10 +130,10 @@ class ShardDataModule(L.LightningDataModule):
             raise InputError(f"image_size begins at step {min(self.sizes, default=None)}; expected a size for step 0")
         if not shards and scenes is None:
             raise InputError("there is no data: set data.shards to folders of shards, or data.scenes")
-        if batch_size < 1 or steps < 1 or (batch_tokens is not None and batch_tokens < 1):
-            raise InputError(
-                f"batch_size, batch_tokens and steps must be at least 1, got {batch_size}, {batch_tokens} and {steps}"
-            )
+        options.check_least(1, batch_size=batch_size, batch_tokens=batch_tokens, steps=steps)
+        options.check_least(0, num_workers=num_workers, val_batches=val_batches)
+        options.check_held_out(val_fraction)
+        options.check_ratio(ratio)
         self.shards = shards if isinstance(shards, dict) else {"": shards or []}
         self.scenes, self.ratio, self.mixing = scenes, ratio, mixing
         self.batch_size, self.batch_tokens, self.size_multiple = batch_size, batch_tokens, size_multiple
@@ -190,6 +190,7 @@ class ShardDataModule(L.LightningDataModule):
         folders = {name: list(many) for name, many in self.shards.items()}
         if self.scenes is not None:
             folders.setdefault("", []).append(str(self.scenes.folder()))
+        options.check_once(folders)
         for size in self.sizes.values():
             rule = Rule(size, self.size_multiple, self.val_fraction)
             self.indexes.append(ServingIndex(serving.build(self.index_root, folders, rule)))
@@ -197,10 +198,11 @@ class ShardDataModule(L.LightningDataModule):
         if not streams:
             raise InputError(
                 f"no record of {', '.join(f for many in folders.values() for f in many)} can be trained on here; "
-                "expected records of text-image pairs or edits"
+                f"expected records of text-image pairs or edits{options.selected(folders)}"
             )
-        if self.ratio is None:
-            self.ratio = dict.fromkeys(sorted({name for name, _ in streams}), 1)
+        sets = sorted({name for name, _ in streams})
+        self.ratio = self.ratio or dict.fromkeys(sets, 1)
+        options.tell_of_ratio(self.ratio, sets)
         self.consumed = self.plans()
         for line in sorted({line for plan in self.consumed for line in plan.small()}):
             logger.warning(line)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline import serving
+from data_pipeline import options, serving
 from data_pipeline.cache import Encoder, FeatureStore, fill
 from data_pipeline.dataset import wanted_features
 from data_pipeline.errors import InputError
@@ -52,6 +52,11 @@ class Encoding:
     def run(self) -> str:
         """Encodes what is not there yet, and says how much that was."""
         check_size(self.image_size, self.size_multiple)
+        options.check_once({"": self.shards})
+        if not (self.latents or self.texts):
+            raise InputError('--latents and --texts are both ""; give one of them, or nothing would be encoded')
+        if not Path(self.pretrained).is_dir():
+            raise InputError(f"--pretrained {self.pretrained} is no folder; give the checkpoint folder of the encoders")
         index = ServingIndex(
             serving.build(self.index_root, {"": self.shards}, Rule(self.image_size, self.size_multiple))
         )

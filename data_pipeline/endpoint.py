@@ -24,6 +24,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another try; each wait do
 EXCERPT = 200  # characters of an answer that a note quotes
 MISTAKES = (401, 402, 404, 405)  # the key, the account or the address is wrong: so for every record, not for this one
 SEED = 0
+LONGEST = 86_400  # seconds of a time limit: sockets cannot wait for ever
 
 
 class Unanswered(Exception):
@@ -83,8 +84,11 @@ class Endpoint:
             raise InputError("endpoint.key_variable must name an environment variable, as OPENAI_API_KEY, not be a key")
         if not self.model:
             raise InputError(f"endpoint.model is empty; {self.url}/models lists what the server has")
-        if self.seconds <= 0 or self.retries < 0 or self.threads < 1 or self.max_tokens < 1:
-            raise InputError("endpoint: seconds, threads and max_tokens must be positive, retries 0 or more")
+        if not 0 < self.seconds <= LONGEST or self.retries < 0 or self.threads < 1 or self.max_tokens < 1:
+            raise InputError(
+                "endpoint: threads and max_tokens must be positive, retries 0 or more, seconds above 0 and at most "
+                f"{LONGEST:,}"
+            )
 
     def ask(self, text: str, images: Sequence[EncodedImage] = ()) -> str:
         """The model's answer to a text below pictures, or Unanswered. InputError where the endpoint serves nobody."""

@@ -7,7 +7,6 @@ whole: its sha256 is unknown, and whether it decodes shows when it is used.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from xxhash import xxh3_64_intdigest
 
-from data_pipeline import remote
+from data_pipeline import parquet, remote
 from data_pipeline.errors import InputError
 from data_pipeline.headers import Ranges, Refused, size_by_ranges
 from data_pipeline.index import LOCATION, PROMPTS, SUFFIX, sample_id, with_scores
@@ -142,9 +140,7 @@ def index_tar(output: Path, layout: str, columns: dict[str, str | list[str]], lo
         "ledger": [{"key": item.key, "reason": item.reason, "detail": item.detail} for item in rejected],
     }
     schema = with_scores(COLUMNS).with_metadata({LOCATION if k == "location" else k: v for k, v in source.items()})
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, parquet.encoded(pa.Table.from_pylist(rows, schema=schema)))
     atomic_write(ledger_path, json.dumps(ledger, indent=1, ensure_ascii=False).encode())  # last: it marks the end
     return ledger
 
@@ -270,6 +266,8 @@ def checked(record: Record) -> Record:
     """The record, if its facts can be stored and its text is one that a build would keep."""
     if refused := LIMITS.refused_text(storable(record).prompt):
         raise Refused(*refused)
+    if len(record.images) > LIMITS.max_pictures:
+        raise Refused("too_many_pictures", f"{len(record.images)} pictures, at most {LIMITS.max_pictures}")
     return record
 
 

@@ -6,10 +6,10 @@ import struct
 from collections.abc import Callable
 from typing import IO, cast
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards import SIDEWAYS
+from data_pipeline.pictures import SIDEWAYS, orientation
 from data_pipeline.steps.decode import UNKNOWN
 
 WINDOW = 4096  # bytes taken at a time: a header, a picture's beginning and short texts lie within
@@ -88,7 +88,7 @@ def size_by_ranges(file: Ranges, offset: int, size: int) -> tuple[int, int]:
     part.seek(0)
     try:
         webp = start[:4] == b"RIFF" and start[8:] == b"WEBP"
-        width, height, orientation = webp_header(part) if webp else pillow_header(part)
+        width, height, turned = webp_header(part) if webp else pillow_header(part)
     except (Refused, InputError):
         raise
     except Image.DecompressionBombError as error:
@@ -97,7 +97,7 @@ def size_by_ranges(file: Ranges, offset: int, size: int) -> tuple[int, int]:
         raise Refused("unreadable_image", UNKNOWN) from error
     except Exception as error:  # a hostile file may raise anything inside a parser
         raise Refused("unreadable_image", f"{type(error).__name__}: {error}") from error
-    return (height, width) if orientation in SIDEWAYS else (width, height)
+    return (height, width) if turned in SIDEWAYS else (width, height)
 
 
 def pillow_header(part: Part) -> tuple[int, int, int]:
@@ -105,8 +105,7 @@ def pillow_header(part: Part) -> tuple[int, int, int]:
     with Image.open(cast(IO[bytes], part), formats=["PNG", "JPEG"]) as picture:
         if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
             raise Refused("animated", f"{picture.n_frames} frames")  # type: ignore[attr-defined]
-        # The base class's method: that of PNG would decode the whole picture.
-        return *picture.size, Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+        return *picture.size, orientation(picture, header=True)
 
 
 def webp_header(part: Part) -> tuple[int, int, int]:
@@ -140,4 +139,4 @@ def webp_orientation(part: Part) -> int:
         if name := {b"EXIF": "exif", b"XMP ": "xmp"}.get(head[:4]):
             picture.info.setdefault(name, part.read(size))
         position += 8 + size + size % 2
-    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation(picture)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from xxhash import xxh3_64_intdigest
 
-from data_pipeline import remote
+from data_pipeline import parquet, remote
 from data_pipeline.errors import InputError
+from data_pipeline.manifest import check_built
 
 SCHEMA = pa.schema(
     [
@@ -50,7 +50,6 @@ COLUMNS = [
 ]
 KEEP = "keep.parquet"
 DECIDED = b"indexes"  # in its metadata: the state of the indexes that it was decided on
-MANIFEST = "manifest.json"  # of a finished build
 SUFFIX = ".index.parquet"
 LOCATION = b"location"  # of the tar, in a sidecar's metadata, where it is not beside it: an absolute path or a URL
 TEXT_FIELDS = ("json", "txt")  # every record has one of them, and one row that is its text's
@@ -113,19 +112,6 @@ def sidecar(shard: Path) -> Path:
     return shard.with_suffix(SUFFIX)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a build."""
-    path = folder / MANIFEST
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        absent = sorted({"recipe", "kept", "rejected", "examples", "shards"} - set(found))
-        if absent:
-            raise ValueError(f"it has no {', '.join(absent)}")
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not the manifest of a build: {error}; choose another folder") from error
-    return found
-
-
 def sidecars(folder: Path) -> list[Path]:
     """The index files of a folder of finished shards, or of a folder of indexes of tars elsewhere, in stored order."""
     folder = Path(folder)
@@ -142,28 +128,6 @@ def sidecars(folder: Path) -> list[Path]:
         if not sidecar(shard).is_file():
             raise InputError(f"{shard} has no index {sidecar(shard).name} beside it; build the shards again")
     return [sidecar(shard) for shard in shards]
-
-
-def built_shards(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """What a build says of each shard; None where there was none, an InputError where it is unfinished."""
-    if (folder / MANIFEST).is_file():
-        return {str(shard["name"]): shard for shard in read_manifest(folder)["shards"]}
-    if (folder / "recipe.json").is_file():
-        raise InputError(f"{folder} holds an unfinished build; run the same build command again, it goes on")
-    return None
-
-
-def check_built(folder: Path, found: set[str]) -> None:
-    """Compares the tars of a folder with those of its build: what an interrupted one left must not be trained on."""
-    shards = built_shards(folder)
-    built = found if shards is None else set(shards)
-    if strangers := sorted(found - built):
-        raise InputError(
-            f"{folder / strangers[0]} is none of the {len(built)} shards in {MANIFEST}; remove it, or move it to "
-            "a folder of its own"
-        )
-    if missing := sorted(built - found):
-        raise InputError(f"{folder / missing[0]} is missing, {MANIFEST} names it; build the shards again")
 
 
 def load_index(folder: Path) -> list[IndexedRecord]:
@@ -185,10 +149,7 @@ def kept_ids(folder: Path) -> np.ndarray | None:
     path = folder / KEEP
     if not path.is_file():
         return None
-    try:
-        table = pq.read_table(path, columns=["sample_id"])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"{path} is damaged, select again: {error}") from error
+    table = selection(path)
     if (table.schema.metadata or {}).get(DECIDED, b"").decode() != state_of(sidecars(folder)):
         raise InputError(
             f"{path} was decided on other indexes than lie in {folder} now; select again: python -m data_pipeline "
@@ -196,6 +157,14 @@ def kept_ids(folder: Path) -> np.ndarray | None:
         )
     ids: np.ndarray = np.sort(table["sample_id"].to_numpy())
     return ids
+
+
+def selection(path: Path) -> pa.Table:
+    """The sample ids in a keep.parquet, with what it says of itself."""
+    table = parquet.read(path, ["sample_id"], "select again")
+    if table["sample_id"].type != pa.int64() or table["sample_id"].null_count:
+        raise InputError(f"{path} holds {table['sample_id'].type}, expected the ids of records; select again")
+    return table
 
 
 def state_of(listed: Sequence[Path]) -> str:
@@ -213,10 +182,7 @@ def state_of(listed: Sequence[Path]) -> str:
 
 def location(path: Path) -> str:
     """Where the tar of a sidecar made from headers alone lies, "" for a shard built here, which lies beside it."""
-    try:
-        return (pq.read_schema(path).metadata or {}).get(LOCATION, b"").decode()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged, build the shards again: {error}") from error
+    return (parquet.schema(path).metadata or {}).get(LOCATION, b"").decode()
 
 
 def shard_of(path: Path, facts: Mapping[bytes, bytes]) -> Path | str:
@@ -242,10 +208,7 @@ def named(sha256: bytes | None, place: str, offset: int) -> str:
 
 def records_in(path: Path) -> Iterator[IndexedRecord]:
     """The records of one sidecar, in stored order."""
-    try:
-        table = pq.read_table(path, columns=COLUMNS)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged, build the shards again: {error}") from error
+    table = parquet.read(path, COLUMNS)
     facts = table.schema.metadata or {}
     yield from records_of(table.to_pylist(), shard_of(path, facts), place_of(facts))
 

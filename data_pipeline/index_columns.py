@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from data_pipeline import parquet
 from data_pipeline.errors import InputError
 from data_pipeline.index import COLUMNS, SCHEMA, IndexedRecord, place_of, records_of, shard_of
 from data_pipeline.progress import progress
@@ -77,15 +77,12 @@ def read_index(listed: Sequence[Path]) -> Index:
 def read_sidecar(path: Path) -> tuple[pa.Table, pa.Schema]:
     """A sidecar's rows without what only a reader of the tar needs, repeated texts as numbers; and its schema."""
     unneeded = {"key", "text_sha256", "pictures_sha256", "field", "offset", "sha256"}
-    try:
-        schema = pq.read_schema(path)
-        if absent := set(SCHEMA.names) - set(schema.names):
-            raise InputError(f"{path} is no index, it has no {', '.join(sorted(absent))}; build the shards again")
-        wanted = [name for name in schema.names if name not in unneeded]
-        rows = pq.read_table(path, columns=wanted, read_dictionary=list(PLAIN))
-        return rows.cast(pa.schema([field.remove_metadata() for field in rows.schema])), schema
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged, build the shards again: {error}") from error
+    schema = parquet.schema(path)
+    if absent := set(SCHEMA.names) - set(schema.names):
+        raise InputError(f"{path} is no index, it has no {', '.join(sorted(absent))}; build the shards again")
+    wanted = [name for name in schema.names if name not in unneeded]
+    rows = parquet.read(path, wanted, read_dictionary=list(PLAIN))
+    return rows.cast(pa.schema([field.remove_metadata() for field in rows.schema])), schema
 
 
 def load(index: Index, numbers: np.ndarray) -> dict[int, IndexedRecord]:
@@ -94,7 +91,7 @@ def load(index: Index, numbers: np.ndarray) -> dict[int, IndexedRecord]:
     files = np.unique(index.file[numbers]).tolist()
     for file in progress(files, len(files), "shards"):
         path = index.listed[file]
-        table = pq.read_table(path, columns=COLUMNS)
+        table = parquet.read(path, COLUMNS)
         facts = table.schema.metadata or {}
         shard, place = shard_of(path, facts), place_of(facts)
         ends = np.append(index.row[index.file == file], table.num_rows)

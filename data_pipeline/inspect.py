@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from data_pipeline.charts import Histogram, chart, histogram
 from data_pipeline.errors import InputError
-from data_pipeline.index import KEEP, MANIFEST, IndexedRecord, read_manifest, read_member, sidecars
+from data_pipeline.index import KEEP, IndexedRecord, read_member, selection, sidecars
 from data_pipeline.index_columns import PICTURES, PLAIN, Index, load, read_index
+from data_pipeline.manifest import MANIFEST, read_manifest
 from data_pipeline.progress import progress
 from data_pipeline.records import EncodedImage
 from data_pipeline.report import Categories, Figure, Picture, Report, Stage, render
@@ -100,13 +100,13 @@ def read_selection(folder: Path, index: Index) -> tuple[np.ndarray | None, list[
     path = folder / KEEP
     if not path.is_file():
         return None, []
+    table = selection(path)
     try:
-        table = pq.read_table(path, columns=["sample_id"])
         funnel = json.loads((table.schema.metadata or {}).get(b"funnel", b"[]"))
         rules = [Stage(str(rule), int(before), int(after)) for rule, before, after in funnel]
-        return np.isin(index.table["sample_id"].to_numpy(), table["sample_id"].to_numpy()), rules
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged, select again: {error}") from error
+    return np.isin(index.table["sample_id"].to_numpy(), table["sample_id"].to_numpy()), rules
 
 
 def evenly(count: int, total: int) -> np.ndarray:

@@ -9,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from xxhash import xxh3_64_intdigest
 
+from data_pipeline import parquet
 from data_pipeline.errors import InputError
-from data_pipeline.index import COLUMNS, MANIFEST, read_manifest, sample_id, sidecar
+from data_pipeline.index import COLUMNS, sample_id, sidecar
+from data_pipeline.manifest import MANIFEST, built_shards
 from data_pipeline.progress import progress
-from data_pipeline.records import Rejected
+from data_pipeline.records import SPELT, Rejected
 from data_pipeline.shards import upright_size
 from data_pipeline.sources.folder import extension_of
 from data_pipeline.sources.protocol import Unit
@@ -49,18 +50,23 @@ def lint(path: Path, layout: str = "text_image", columns: Mapping[str, str | lis
 
 
 def manifest_defects(tars: Sequence[Path]) -> Iterator[str]:
-    """Where the tars of a build are not those that its manifest names."""
+    """Where the tars of a build are not those that its manifest names, or it is unfinished."""
     for folder in dict.fromkeys(tar.parent for tar in tars):
-        if (folder / MANIFEST).is_file():
-            built = {shard["name"] for shard in read_manifest(folder)["shards"]}
-            here = [tar for tar in tars if tar.parent == folder]
-            for name in sorted(built - {tar.name for tar in here}):
-                yield f"{name}: {MANIFEST}: missing_tar: it is named there"
-            for tar in here:
-                if tar.name not in built:
-                    yield f"{tar.name}: {MANIFEST}: unknown_tar: it is not named there"
-                elif not sidecar(tar).is_file():
-                    yield f"{tar.name}: {sidecar(tar).name}: no_index: training reads by it"
+        try:
+            built = built_shards(folder)
+        except InputError as error:
+            yield f"{folder.name}: {MANIFEST}: no_manifest: {error}"
+            continue
+        if built is None:
+            continue
+        here = [tar for tar in tars if tar.parent == folder]
+        for name in sorted(set(built) - {tar.name for tar in here}):
+            yield f"{name}: {MANIFEST}: missing_tar: it is named there"
+        for tar in here:
+            if tar.name not in built:
+                yield f"{tar.name}: {MANIFEST}: unknown_tar: it is not named there"
+            elif not sidecar(tar).is_file():
+                yield f"{tar.name}: {sidecar(tar).name}: no_index: training reads by it"
 
 
 def index_defects(name: str, tar: Path) -> Iterator[str]:
@@ -69,7 +75,7 @@ def index_defects(name: str, tar: Path) -> Iterator[str]:
         return
     end = tar.stat().st_size
     with open(tar, "rb") as file:
-        for row in pq.read_table(sidecar(tar), columns=COLUMNS).to_pylist():
+        for row in parquet.read(sidecar(tar), COLUMNS).to_pylist():
             place = f"{name}: {row['key']}: wrong_index: {row['field']}"
             if not 0 <= row["offset"] <= row["offset"] + row["size"] <= end:
                 yield f"{place} is said to lie at {row['offset']}, {row['size']} bytes; the tar has {end}"
@@ -101,7 +107,7 @@ def main(path: Path, layout: str = "text_image", columns: Mapping[str, str | lis
         raise InputError(f"there is nothing at {path}; expected a tar or a folder of tars")
     defects: Counter[str] = Counter()
     for line in lint(path, layout, columns):
-        print(line)
+        print(line.translate(SPELT))  # names in a tar are anyone's
         defects[line.split(": ")[2]] += 1
     print(summary(defects) if defects else f"{path}: no defect")
     return 1 if defects else 0

@@ -134,6 +134,8 @@ def configured(spec: Any, name: str, overrides: Sequence[str] = ()) -> Any:
     unknown = sorted(map(str, set(spec) - {"class_path", "init_args"}))
     if unknown:
         raise InputError(f"{name}: expected the fields class_path and init_args, got also {unknown}")
+    if not isinstance(spec.get("init_args") or {}, dict):
+        raise InputError(f"{name}: expected settings by their names, got {spec['init_args']!r}")
     class_path = spec["class_path"]
     cls = allowed_class(class_path, name)
     check_nested(cls, spec.get("init_args"), name)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+SPELT = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}  # control characters, line ends too
 KEY_PATTERN = re.compile(r"[0-9a-z_-]+")
 
 
@@ -165,6 +166,7 @@ class ReasoningRecord:
 
 
 Record = TextImageRecord | EditRecord | PromptRecord | PreferenceRecord | ReasoningRecord
+KINDS = ("text_image", "edit", "prompt", "preference", "reasoning")
 
 
 def facts(record: Record) -> dict[str, Any]:
@@ -208,11 +210,18 @@ def record_from(key: str, found: Mapping[str, Any], images: Mapping[str, Encoded
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that goes no further: `reason` is a short name that is counted, `detail` says what was found."""
+    """A record that goes no further: `reason` is a short name that is counted, `detail` says what was found.
+
+    Both are shown in terminals and one a line, so what names of files might do there is spelt out.
+    """
 
     key: str
     reason: str
     detail: str
+
+    def __post_init__(self) -> None:
+        for name in ("key", "detail"):
+            object.__setattr__(self, name, getattr(self, name).translate(SPELT))
 
 
 def slug(text: str) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data_pipeline import parquet
 from data_pipeline.batches import TASKS
 from data_pipeline.errors import InputError
 from data_pipeline.index import place_of, shard_of
@@ -68,11 +68,7 @@ class Part:
 
 def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> Part:
     """Writes the records of a sidecar, sorted by stream, to `output`; `kept` are sorted sample ids, None keeps all."""
-    try:
-        table = pq.read_table(path, columns=COLUMNS).combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        what = str(error).partition(" in ")[0]
-        raise InputError(f"{path} is damaged or of an older version, build or index it again: {what}") from error
+    table = parquet.read(path, COLUMNS).combine_chunks()
     facts = table.schema.metadata or {}
     shard = shard_of(path, facts)
     record = numbered(table["key"])
@@ -146,6 +142,8 @@ def roles(fields: pa.ChunkedArray) -> np.ndarray:
     """What each member is to its record: 0 the target, 1 + i reference i, then its texts, and what is not used."""
     known = {"target": 0, "image": 0, "txt": TEXT, "json": TEXT + 1, **{f"source{i}": 1 + i for i in range(REFERENCES)}}
     encoded = fields.combine_chunks().dictionary_encode()
+    if f"source{REFERENCES}" in encoded.dictionary.to_pylist():
+        raise InputError(f"the index has a record of more than {REFERENCES} references; build its shards again")
     values = np.asarray([known.get(name, UNUSED) for name in encoded.dictionary.to_pylist()], dtype=np.int64)
     return values[encoded.indices.to_numpy()] if len(values) else np.empty(0, np.int64)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
+from data_pipeline import parquet
+from data_pipeline.endpoint import plain
 from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor
 from data_pipeline.executors.task import EXAMPLES, ScoreStep, batched, score_columns
@@ -49,7 +51,7 @@ def score(folder: Path, steps: Sequence[ScoreStep], executor: Executor) -> str:
         with FileLock(folder / ".lock", timeout=0):
             for leftover in folder.glob(f".*{SUFFIX}.*.tmp"):  # of workers that were killed
                 leftover.unlink()
-            tasks = [path for path in listed if missing(pq.read_schema(path), steps)]
+            tasks = [path for path in listed if missing(parquet.schema(path), steps)]
             reports = executor.run(tasks, partial(score_shard, steps=steps))
             found = list(progress(reports, len(tasks), "shards"))
     except Timeout as error:
@@ -75,7 +77,7 @@ def bare(field: pa.Field) -> pa.Field:
 
 def score_shard(path: Path, steps: Sequence[ScoreStep]) -> dict[str, Any]:
     """Scores the records of one index and replaces it; batches never cross it, so its bytes depend on nothing else."""
-    table = pq.read_table(path)
+    table = parquet.read(path)
     table = table.cast(pa.schema(map(bare, table.schema), table.schema.metadata))
     wanted = missing(table.schema, steps)
     unread: list[Rejected] = []
@@ -88,9 +90,7 @@ def score_shard(path: Path, steps: Sequence[ScoreStep]) -> dict[str, Any]:
         values = pa.array([scores.get(key, {}).get(column.name) for key in keys], column.type)
         place = table.schema.get_field_index(column.name)
         table = table.append_column(column, values) if place < 0 else table.set_column(place, column, values)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, parquet.encoded(table))
     examples = [f"{path.name}: {item.key}: {item.reason}: {item.detail}" for item in unread[:EXAMPLES]]
     return {"scored": len(scores), "unread": len(unread), "examples": examples}
 
@@ -126,4 +126,23 @@ def summary(reports: Sequence[dict[str, Any]], shards: int) -> str:
     if unread:
         examples = [line for report in reports for line in report["examples"]]
         lines += [f"{unread:,} do not decode, their scores are null:", *(f"  {line}" for line in examples[:EXAMPLES])]
+    return "\n".join(lines)
+
+
+def unscored(folder: Path) -> str:
+    """How many records of a folder have no score, and the commonest reasons: what columns `*_note` say."""
+    notes: dict[str, Counter[str]] = {}
+    records = 0
+    for path in sidecars(folder):
+        names = [name for name in parquet.schema(path).names if name.endswith("_note")]
+        table = parquet.read(path, [*names, "field"])
+        table = table.filter(pc.is_in(table["field"], pa.array(TEXT_FIELDS)))
+        records += table.num_rows
+        for name in names:
+            notes.setdefault(name, Counter()).update(table[name].drop_null().to_pylist())
+    lines = []
+    for name, found in sorted(notes.items()):
+        if found:
+            lines.append(f"{found.total():,} of {records:,} records have no score, {name} says why:")
+            lines += [f"  {count:,} x {plain(note)[:200]}" for note, count in found.most_common(EXAMPLES)]
     return "\n".join(lines)

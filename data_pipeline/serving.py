@@ -26,6 +26,7 @@ import numpy as np
 from filelock import FileLock
 
 from data_pipeline.batches import TASKS
+from data_pipeline.errors import InputError
 from data_pipeline.index import KEEP, SUFFIX, IndexedRecord, Member, kept_ids, location, named, shard_at, sidecars
 from data_pipeline.plan import Bucket, Stream
 from data_pipeline.progress import progress
@@ -48,7 +49,8 @@ def build(root: Path, folders: Folders, rule: Rule) -> Path:
     kept = {folder: kept_ids(folder) for _, folder in sources}
     output = root / digest(VERSION, rule, jobs)
     with FileLock(root / ".lock"):
-        if not (output / "index.json").is_file():
+        if not readable(output):
+            shutil.rmtree(output, ignore_errors=True)  # not written over: another run may have mapped it
             logger.info("sorting %d indexes for training, once, in %s", len(jobs), root)
             with TemporaryDirectory(dir=root) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
                 calls = pool.map(
@@ -60,6 +62,17 @@ def build(root: Path, folders: Folders, rule: Rule) -> Path:
         os.utime(output, ns=(time.time_ns(), time.time_ns()))  # finer than the system's own
         forget(root)
     return output
+
+
+def readable(folder: Path) -> bool:
+    """Whether a folder was finished and is whole."""
+    try:
+        return (folder / "index.json").is_file() and bool(ServingIndex(folder).content)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        logger.warning("%s is damaged and made again", folder)
+        return False
 
 
 def facts(path: Path) -> list[object]:
@@ -160,11 +173,17 @@ class ServingIndex:
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
         self.tasks: dict[str, str] = {}
         kinds: dict[str, set[str]] = {}
+        owners: dict[str, str] = {}
         for name, _, kind, *_ in index["columns"]:
             kinds.setdefault(name, set()).add(kind)
         for name, part, kind, sizes, count, first in index["columns"]:
             set_name = (name if len(kinds[name]) == 1 else f"{name}.{kind}") if name else kind
             stream = set_name, tuple((height, width) for height, width in sizes)
+            if owners.setdefault(set_name, name) != name:
+                raise InputError(
+                    f"two sets of data.shards are called {set_name}: one of your own, and one of records that name "
+                    "their set themselves (of scenes too); give yours another name"
+                )
             self._columns[part, stream] = "text_image" if kind == "text_to_image" else "edit", first
             self.streams[part][stream] = count
             self.tasks[set_name] = TASKS[self._columns[part, stream][0]]

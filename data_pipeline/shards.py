@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import ExifTags, Image
+from PIL import Image
 from xxhash import xxh3_64_intdigest
 
+from data_pipeline import parquet
 from data_pipeline.index import sample_id, sidecar, with_scores
+from data_pipeline.pictures import SIDEWAYS, orientation
 from data_pipeline.records import KEY_PATTERN, Record, facts
 
 READABLE = ["PNG", "JPEG", "WEBP"]
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 Scored = tuple[Record, Mapping[str, Any]]  # a record and its scores by column
 
@@ -53,8 +53,8 @@ def upright_size(data: bytes) -> tuple[int, int]:
         width, height = header.size
         # To look for orientation, Pillow decodes the whole of a PNG; nearly none carries any of its three carriers.
         plain = header.format == "PNG" and not any(mark in data for mark in (b"eXIf", b"exif", b"XML:com.adobe.xmp"))
-        orientation = 1 if plain else header.getexif().get(ExifTags.Base.Orientation, 1)
-    return (height, width) if orientation in SIDEWAYS else (width, height)
+        turned = 1 if plain else orientation(header)
+    return (height, width) if turned in SIDEWAYS else (width, height)
 
 
 def describe(record: Record, hashes: Mapping[str, bytes]) -> bytes:
@@ -95,9 +95,8 @@ def write_shard(path: Path, records: Iterable[Scored], columns: Sequence[pa.Fiel
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        table = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=with_scores(columns)), table, compression="zstd")
-        atomic_write(sidecar(path), table.getvalue())  # before the tar: a tar that is there always has its index
+        table = pa.Table.from_pylist(rows, schema=with_scores(columns))
+        atomic_write(sidecar(path), parquet.encoded(table))  # before the tar: a tar that is there always has its index
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

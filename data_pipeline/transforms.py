@@ -7,12 +7,12 @@ import math
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from data_pipeline.pictures import on_white
-from data_pipeline.shards import READABLE, SIDEWAYS
+from data_pipeline.pictures import SIDEWAYS, on_white, orientation, upright
+from data_pipeline.shards import READABLE
 
 Size = tuple[int, int]  # (height, width) in pixels
 REVISION = 1  # of how pixels are decoded and resized: features of pixels made otherwise are not found in a cache
@@ -51,15 +51,15 @@ def decode(data: bytes | memoryview, size: Size | None = None) -> Image.Image:
     of the way is resized about the same centre.
     """
     with Image.open(io.BytesIO(data), formats=READABLE) as opened:
+        full, turned = opened.size, orientation(opened)
         if size is None:
-            return on_white(ImageOps.exif_transpose(opened))
-        full, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1)
+            return on_white(upright(opened, turned))
         wanted = size if turned in SIDEWAYS else size[::-1]
         # A fraction of an odd side has a last pixel of half a picture's: where it is turned to the front, keep away.
         if opened.format in ("JPEG", "MPO") and (turned == 1 or not any(side % 8 for side in full)):
             opened.draft(None, wanted)
         full = full[::-1] if turned in SIDEWAYS else full
-        return resized(on_white(ImageOps.exif_transpose(opened)), size[::-1], full)
+        return resized(on_white(upright(opened, turned)), size[::-1], full)
 
 
 def resized(picture: Image.Image, size: tuple[int, int], full: tuple[int, int]) -> Image.Image:

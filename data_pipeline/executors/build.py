@@ -14,13 +14,13 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from data_pipeline.errors import InputError
-from data_pipeline.executors.task import EXAMPLES, Step, Task, Work, damage, finished, run_task
-from data_pipeline.index import MANIFEST, read_manifest, sidecar
+from data_pipeline.executors.task import EXAMPLES, Step, Task, Work, damage, finished, read_report, run_task
+from data_pipeline.index import sidecar
+from data_pipeline.manifest import MANIFEST, RECIPE, read_manifest
 from data_pipeline.progress import progress
 from data_pipeline.shards import atomic_write
 from data_pipeline.sources.protocol import Source
 
-RECIPE = "recipe.json"
 VERSION = 2
 OURS = re.compile(r"\d{6,}-[0-9a-f]{12}\.(tar|index\.parquet|task\.json)|\..+\.tmp")  # what tasks write
 BUDGET_AFTER = 1000  # records seen before the share of rejections can stop a build
@@ -53,15 +53,17 @@ def build(
     """
     output = Path(output)
     recipe = json.loads(json.dumps(settings))  # as it will be read back: tuples are lists
-    found = claimed(output, recipe)
-    if found is not None:
+    if found := claimed(output, recipe):
         return {**found, "reused": True}
+    check_apart(source, output)
     fingerprint = json.dumps(recipe, sort_keys=True)
     units = progress(source.units(records_per_shard), None, "parts of the source")
     tasks = [Task(number, unit, fingerprint) for number, unit in enumerate(units)]
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
+            if found := claimed(output, recipe):  # by another process, while the source was listed
+                return {**found, "reused": True}
             atomic_write(output / RECIPE, json.dumps(recipe, indent=1, sort_keys=True).encode())
             budget, missing = Budget(max_rejected), []
             for task in tasks:
@@ -78,6 +80,16 @@ def build(
             return conclude(output, tasks, recipe)
     except Timeout as error:
         raise InputError(f"--output {output} is being built by another process; wait for it or stop it") from error
+
+
+def check_apart(source: Source, output: Path) -> None:
+    """Refuses an output inside what the source reads: built again, it would read its own shards."""
+    for name in ("path", "pictures", "archives"):
+        folder = Path(getattr(source, name, "") or output / "none")
+        if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--output {output} lies inside source.{name} {folder}, which is read; choose a folder elsewhere"
+            )
 
 
 def claimed(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
@@ -128,10 +140,9 @@ def merged(output: Path, tasks: Sequence[Task]) -> dict[str, Any]:
     examples: dict[str, list[str]] = {}
     seen, stages = 0, ["source"]
     for task in tasks:
-        path = output / f"{task.stem}.task.json"
-        if not path.is_file():
+        report = read_report(output, task)
+        if report is None:
             continue
-        report = json.loads(path.read_bytes())
         seen += report["seen"]
         stages = report["stages"]
         for name, total in totals.items():

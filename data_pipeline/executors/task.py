@@ -14,11 +14,14 @@ import pyarrow as pa
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import sidecar
+from data_pipeline.manifest import SHARD, check_types
 from data_pipeline.records import Record, Rejected
 from data_pipeline.shards import Scored, atomic_write, write_shard
 from data_pipeline.sources.protocol import Source, Unit, digest
 
 EXAMPLES = 5  # rejections of a reason that a report quotes
+REPORT: dict[str, type] = {"seen": int, "stages": list, "kept": dict, "passed": dict, "rejected": dict, "ledger": list}
+LEDGER: dict[str, type] = dict.fromkeys(("key", "stage", "reason", "detail"), str)
 Item = Scored | Rejected
 Work = Callable[[Any], dict[str, Any]]  # what an executor does with each task
 
@@ -110,12 +113,24 @@ def damage(output: Path, shard: dict[str, Any]) -> str:
 
 def finished(output: Path, task: Task) -> dict[str, Any] | None:
     """A task's report, if its mark and its whole shard are there."""
+    report = read_report(output, task)
+    return None if report is None or (report["shard"] and damage(output, report["shard"])) else report
+
+
+def read_report(output: Path, task: Task) -> dict[str, Any] | None:
+    """A task's report; None where there is none, or none that a task wrote."""
     try:
-        report = json.loads((output / f"{task.stem}.task.json").read_bytes())
-        shard = report["shard"]
-    except (OSError, ValueError, KeyError):
+        report: dict[str, Any] = json.loads((output / f"{task.stem}.task.json").read_bytes())
+        check_types(report, REPORT)
+        for name in ("kept", "passed", "rejected"):
+            check_types(report[name], dict.fromkeys(report[name], int))
+        for entry in report["ledger"]:
+            check_types(entry, LEDGER)
+        if report.get("shard") is not None:
+            check_types(report["shard"], SHARD)
+        return {"shard": None, **report}
+    except (OSError, ValueError):
         return None
-    return report if shard is None or not damage(output, shard) else None
 
 
 def run_task(task: Task, source: Source, steps: Sequence[Step], output: Path) -> dict[str, Any]:

@@ -126,7 +126,9 @@ class Archives:
         found = located(self).find(name)
         if len(found) != 1:
             times = f"{len(found)} times in the archives" if found else "in no archive"
-            return "missing_file", f"{shown} is {times} of {Path(self.folder).name}"
+            hollow = located(self).hollow
+            note = f"; nothing can be read of {', '.join(hollow)}" if hollow and not found else ""
+            return "missing_file", f"{shown} is {times} of {Path(self.folder).name}{note}"
         archive, offset, size = found[0]
         if size > MAX_BYTES:
             return "file_too_large", f"{shown}: {size} bytes, at most {MAX_BYTES}"
@@ -146,12 +148,13 @@ Place = tuple[str, int, int]  # archive, offset, size
 
 @dataclass(frozen=True)
 class Directory:
-    """Members by their paths from the end ("c.png/b/a/"), sorted: those with the same end of a path are neighbours; and
-    the parts of each archive."""
+    """Members by their paths from the end ("c.png/b/a/"), sorted: those with the same end of a path are neighbours; the
+    parts of each archive; and the archives without any member, which are none or damaged."""
 
     paths: list[str]
     places: list[Place]
     parts: dict[str, tuple[Path, ...]]
+    hollow: list[str]
 
     def find(self, name: str) -> list[Place]:
         """The members of a path; if there are none, those whose path ends in it."""
@@ -177,7 +180,8 @@ def located(archives: Archives) -> Directory:
             if isinstance(member, TarMember) and safe_name(member.name):  # what is lost is named where it is asked for
                 found.append((backwards(member.name), (archive, member.offset, member.size)))
     found.sort()
-    return Directory([path for path, _ in found], [place for _, place in found], parts)
+    hollow = sorted(parts.keys() - {place[0] for _, place in found})
+    return Directory([path for path, _ in found], [place for _, place in found], parts, hollow)
 
 
 @lru_cache(maxsize=64)

@@ -140,10 +140,10 @@ def _plain(value: Any) -> bool:
     """Whether JSON can hold a value in few characters; a NaN is no number."""
     if isinstance(value, str):
         return len(value) <= MAX_FACT
-    if isinstance(value, int | float):
+    if isinstance(value, float):
         return math.isfinite(value)
     try:
-        return isinstance(value, list | dict) and len(json.dumps(value, allow_nan=False)) <= MAX_FACT
+        return isinstance(value, int | list | dict) and len(json.dumps(value, allow_nan=False)) <= MAX_FACT
     except (ValueError, TypeError):  # not finite; bytes, dates and other types of Parquet
         return False
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.records import EncodedImage, Record, Rejected, TextImageRecord, slug
+from data_pipeline.records import SPELT, EncodedImage, Record, Rejected, TextImageRecord, slug
 from data_pipeline.sources.protocol import Unit, digest
 
 EXTENSIONS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
@@ -41,8 +41,9 @@ def file_key(relative: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be stored: bytes of a name that are not UTF-8 are replaced."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    """A file name as text that can be stored and shown: bytes that are not UTF-8 are replaced, control characters
+    spelt out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").translate(SPELT)
 
 
 def leaves(path: Path, root: Path) -> bool:
@@ -82,6 +83,7 @@ class Folder:
             for f in files
             if f.suffix.lower() in EXTENSIONS or (f.suffix.lower() == ".txt" and f.with_suffix("") not in pictures)
         ]
+        listed = sorted([*listed, *(f for f in root.rglob("*") if f.is_symlink() and f.is_dir())])
         if not listed:
             raise InputError(
                 f"source.path {root} holds no pictures; expected {', '.join(EXTENSIONS)}, each with a .txt caption"
@@ -98,9 +100,13 @@ class Folder:
         root = Path(self.path)
         for encoded in unit.where["files"]:
             path = root / os.fsdecode(encoded.encode("latin-1"))
-            if path.suffix.lower() == ".txt":
+            if path.is_dir():
                 name = path.relative_to(root).as_posix()
-                detail = f"{printable(name)} has no picture of the same name"
+                detail = f"{printable(name)} is a link to a folder, which is not followed; build from it apart"
+                yield Rejected(file_key(name), "linked_folder", detail)
+            elif path.suffix.lower() == ".txt":
+                name = path.relative_to(root).as_posix()
+                detail = f"{printable(name)} has no picture of the same name ({', '.join(EXTENSIONS)})"
                 yield Rejected(file_key(name), "caption_without_image", detail)
             else:
                 yield self._record(root, path)

@@ -75,4 +75,6 @@ def columns_of(layout: str, changes: Mapping[str, str | list[str]]) -> Columns:
     if unknown:
         raise InputError(f"source.columns names {unknown}; the layout {layout} has {', '.join(roles)}")
     named: dict[str, Any] = {k: (v,) if isinstance(v, str) else tuple(v) for k, v in changes.items()}
+    if empty := sorted(name for name, value in named.items() if not value or "" in value):
+        raise InputError(f"source.columns gives no column for {', '.join(empty)}; leave it out to keep the layout's")
     return replace(columns, **named)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
+from data_pipeline.errors import InputError
 from data_pipeline.records import EncodedImage, Record, Rejected
 from data_pipeline.sources.fetch import Limits, Unfetched, fetch
 from data_pipeline.sources.layouts import columns_of
@@ -15,6 +16,8 @@ from data_pipeline.sources.manifest import RowReader, ranges, table_of
 from data_pipeline.sources.pictures import Fault, sniffed
 from data_pipeline.sources.protocol import Unit
 from data_pipeline.sources.tables import read_rows
+
+LONGEST = 86_400  # seconds of a time limit: sockets cannot wait for ever
 
 
 @dataclass
@@ -43,6 +46,11 @@ class UrlList:
 
     def __post_init__(self) -> None:
         columns_of(self.layout, self.columns)
+        if self.threads < 1 or self.max_bytes < 1 or not 0 < self.seconds <= LONGEST:
+            raise InputError(
+                f"source.threads {self.threads}, max_bytes {self.max_bytes} and seconds {self.seconds:g}: expected at "
+                f"least 1, and seconds above 0 and at most {LONGEST:,}"
+            )
 
     def units(self, records: int) -> Iterator[Unit]:
         """Ranges of rows, file by file."""

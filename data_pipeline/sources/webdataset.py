@@ -7,14 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from data_pipeline import parquet
 from data_pipeline.errors import InputError
-from data_pipeline.index import built_shards, sidecar
+from data_pipeline.index import KEEP, kept_ids, sample_id, sidecar
+from data_pipeline.manifest import built_shards
 from data_pipeline.records import KEY_PATTERN, EncodedImage, ReasoningRecord, Record, Rejected, facts, record_from, slug
 from data_pipeline.sources.conversations import RowError
 from data_pipeline.sources.drafts import Draft, draft
@@ -34,6 +34,8 @@ Images = Mapping[str, EncodedImage]
 @dataclass
 class WebDataset:
     """Tars below `path`. A JSON member of our own says what a sample is; else one picture with a text is a caption.
+
+    Of a folder that was selected from (keep.parquet) only the records that were kept are read.
 
     Args:
         path: a tar or a folder of tars.
@@ -55,12 +57,16 @@ class WebDataset:
     def units(self, records: int) -> Iterator[Unit]:
         """One unit a tar; those of a build are known by its manifest, others by samples: no tar is read whole."""
         builds: dict[Path, dict[str, dict[str, Any]]] = {}
+        chosen: dict[Path, dict[str, str]] = {}
         for name, tar in self.tars():
             if tar.parent not in builds:
                 builds[tar.parent] = built_shards(tar.parent) or {}
             shard = builds[tar.parent].get(tar.name, {})
             whole = shard.get("bytes") == tar.stat().st_size
-            yield Unit(name, {"file": name}, shard["sha256"] if whole else sampled_hash(tar))
+            if tar.parent not in chosen:
+                keep = tar.parent / KEEP
+                chosen[tar.parent] = {"selection": file_digest(keep)} if keep.is_file() else {}
+            yield Unit(name, {"file": name, **chosen[tar.parent]}, shard["sha256"] if whole else sampled_hash(tar))
 
     def tars(self) -> list[tuple[str, Path]]:
         """The tars and their names below `path`, in order."""
@@ -75,6 +81,7 @@ class WebDataset:
         path = Path(self.path)
         tar = path / unit.where["file"] if path.is_dir() else path
         promised = indexed_hashes(tar)
+        kept = selected_ids(tar.parent, unit.where["selection"]) if "selection" in unit.where else None
         whole: set[str] = set()
         with open(tar, "rb") as file:
             for item in samples(scan(file, tar.stat().st_size)):
@@ -82,6 +89,8 @@ class WebDataset:
                     yield Rejected(f"byte-{item.offset}", item.reason, f"{unit.name}: {item.detail}")
                     continue
                 whole.add(item.key)
+                if kept is not None and sample_id(item.key) not in kept:
+                    continue
                 yield self._record(file, unit.name, item, promised)
         for key in sorted({key for key, _ in promised} - whole):
             yield Rejected(key, "lost", f"{unit.name}: the index has {key!r}, of which the tar holds no whole copy")
@@ -200,19 +209,29 @@ def indexed_hashes(tar: Path) -> Promised:
     """The hashes of a sidecar index of ours; empty where there is none, or one made from headers alone."""
     if not sidecar(tar).is_file():
         return {}
-    try:
-        rows = pq.read_table(sidecar(tar), columns=["key", "field", "extension", "sha256"]).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        what = " ".join(str(error).split())
-        raise InputError(
-            f"{sidecar(tar)} is damaged: {what}; remove it to read the tar without what it says"
-        ) from error
+    remedy = "remove it to read the tar without what it says"
+    rows = parquet.read(sidecar(tar), ["key", "field", "extension", "sha256"], remedy).to_pylist()
     names = {"json": "{field}"}
     return {
         (row["key"], names.get(row["field"], "{field}.{extension}").format(**row)): row["sha256"]
         for row in rows
         if row["sha256"] is not None
     }
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def selected_ids(folder: Path, selection: str) -> frozenset[int]:
+    """The sample ids that a selection of this hash keeps; InputError where another lies there now."""
+    found = kept_ids(folder)
+    if found is None or file_digest(folder / KEEP) != selection:
+        raise InputError(f"{folder / KEEP} changed while it was built from; run the same command again")
+    return frozenset(found.tolist())
 
 
 def sampled_hash(path: Path) -> str:

@@ -23,15 +23,20 @@ class Decode:
         max_pixels: width x height above which a picture is not decoded.
         min_side: smallest allowed side in pixels.
         max_text: longest allowed text in characters.
+        max_pictures: most pictures of a record; training reads a target and 64 references.
     """
 
     max_pixels: int = 64_000_000
     min_side: int = 8
     max_text: int = 10_000
+    max_pictures: int = 65
 
     def __call__(self, record: Record) -> Record | Rejected:
         if refused := self.refused_text(record.prompt):
             return Rejected(record.key, *refused)
+        if len(record.images) > self.max_pictures:
+            detail = f"{len(record.images)} pictures, at most {self.max_pictures}"
+            return Rejected(record.key, "too_many_pictures", detail)
         checked: dict[str, EncodedImage] = {}
         for name, image in record.images.items():
             found = self.check(image)

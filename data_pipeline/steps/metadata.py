@@ -52,6 +52,6 @@ def number(value: Any) -> float | None:
     """A finite number, also where it was written as a text, as CSV has it."""
     try:
         found = float(value) if isinstance(value, str | int | float) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None

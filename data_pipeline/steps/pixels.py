@@ -6,9 +6,9 @@ import io
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data_pipeline.pictures import on_white
+from data_pipeline.pictures import on_white, orientation, upright
 from data_pipeline.records import EncodedImage
 from data_pipeline.shards import READABLE
 
@@ -19,10 +19,11 @@ SIDE = 512  # pixels of the longer side that is looked at: blur and change are j
 def pixels(image: EncodedImage) -> np.ndarray:
     """The picture upright, at most SIDE pixels long, (H, W, 3) uint8 on white; not to be written to."""
     with Image.open(io.BytesIO(image.data), formats=READABLE) as opened:
+        turned = orientation(opened)
         opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at the smallest of its scales that suffices
-        picture = ImageOps.exif_transpose(opened)
+        picture = on_white(upright(opened, turned))  # first: not every mode can be made smaller
         picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-        array = np.array(on_white(picture))
+        array = np.array(picture)
     array.flags.writeable = False
     return array
 

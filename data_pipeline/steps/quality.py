@@ -15,7 +15,7 @@ from data_pipeline.shards import upright_size
 from data_pipeline.steps.columns import column
 from data_pipeline.steps.pixels import grey, pixels
 
-REVISION = "1"
+REVISION = "2"
 
 
 @dataclass

@@ -6,10 +6,10 @@ import io
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.pictures import on_white
+from data_pipeline.pictures import on_white, orientation, upright
 from data_pipeline.records import EncodedImage
 from data_pipeline.steps.decode import FORMATS, Decode
 
@@ -74,6 +74,7 @@ class Resize(Decode):
 
 def at_size(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The picture, just opened, at `size` (width and height as stored), then turned upright: RGB, nothing attached."""
+    turned = orientation(picture)
     exact = [k for k in SCALES if size == (-(-picture.width // k), -(-picture.height // k))]
     roomy = [k for k in SCALES if max(picture.size) >= 2 * k * max(size)]  # leaves enough pixels to average over
     k = max(exact or roomy, default=1)
@@ -86,6 +87,6 @@ def at_size(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     else:  # where new pixels share old ones, Hamming is nearer to their areas than Pillow's box, which shares none
         filters = Image.Resampling
         found = found.resize(size, filters.HAMMING if found.size > size else filters.BICUBIC, box)
-    ImageOps.exif_transpose(found, in_place=True)
+    found = upright(found, turned)
     found.info.clear()
     return found

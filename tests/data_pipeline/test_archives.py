@@ -189,6 +189,7 @@ def test_an_archive_that_is_fetched_again_is_read_anew(folder: Path) -> None:
 def test_what_is_no_archive_holds_nothing(data: bytes, form: str, folder: Path) -> None:
     (folder / f"x{form}").write_bytes(data)
     assert fault(folder, "a.png") == "missing_file"
+    assert f"nothing can be read of x{form}" in Archives(str(folder)).read("a.png")[1]
 
 
 def test_a_small_archive_of_zeros_is_no_bomb(folder: Path) -> None:

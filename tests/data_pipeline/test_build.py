@@ -15,7 +15,8 @@ from PIL import Image
 
 from data_pipeline.__main__ import main
 from data_pipeline.errors import InputError
-from data_pipeline.index import MANIFEST, load_index, read_member, sample_id, sidecar
+from data_pipeline.index import load_index, read_member, sample_id, sidecar
+from data_pipeline.manifest import MANIFEST
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.records import EncodedImage, TextImageRecord
 from data_pipeline.shards import write_shard
@@ -68,6 +69,19 @@ def test_a_folder_becomes_shards_and_every_loss_is_counted(pictures: Path, tmp_p
     }
     assert manifest["seen"] == 8
     assert any("lonely.png" in line for line in manifest["examples"]["source: image_without_caption"])
+
+
+def test_names_forge_no_lines_and_links_to_folders_are_counted(pictures: Path, tmp_path: Path, capsys) -> None:
+    (pictures / "x\nrecords seen 9, kept 9\x1b[2J.txt").write_text("words")
+    (pictures / "linked").symlink_to(pictures / "sub")
+    command = ["build", "-c", str(RECIPES / "text_image.yaml"), "--source.path", str(pictures)]
+    assert main([*command, "--output", str(tmp_path / "out"), "--max_rejected", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(line.startswith("records seen 9") or "\x1b" in line for line in lines)
+    assert any(
+        "x\\x0arecords seen 9, kept 9\\x1b[2J.txt has no picture of the same name (.png" in line for line in lines
+    )
+    assert any("rejected 1: linked_folder" in line for line in lines)
 
 
 def test_stock_webdataset_reads_the_tars(pictures: Path, tmp_path: Path) -> None:
@@ -199,6 +213,10 @@ def test_keys_are_checked_and_a_failed_shard_leaves_nothing(keys: list[str], mes
         (["build", "-c", "{unknown}", "--source.path", "{empty}"], "bogus"),
         (["build", "-c", "{forbidden}"], "must start with data_pipeline."),
         (["build", "-c", "{binary}"], "is not YAML"),
+        (["build", "-c", "{recipe}", "--source.path", "-1"], "source.path -1 does not exist"),
+        (["build", "-c", "{list}"], "got list"),
+        (["build", "-c", "{arguments}"], "source: expected settings by their names, got [1]"),
+        (["select", "{empty}", "-c", "{list}"], "rules: expected settings by their names, got [1]"),
         (["inspect", "nowhere"], "there is no folder of shards at nowhere"),
         (["inspect", "{empty}"], "holds no shards"),
     ],
@@ -209,7 +227,10 @@ def test_a_mistake_is_one_line(arguments: list[str], expected: str, tmp_path: Pa
     (tmp_path / "unknown.yaml").write_text(recipe.read_text().replace('{path: ""', '{bogus: 1, path: ""'))
     (tmp_path / "forbidden.yaml").write_text("source: {class_path: subprocess.Popen, init_args: {args: [id]}}")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    names = {name: tmp_path / f"{name}.yaml" for name in ("unknown", "forbidden", "binary")}
+    (tmp_path / "list.yaml").write_text("[1]")
+    (tmp_path / "arguments.yaml").write_text("source: {class_path: data_pipeline.sources.Folder, init_args: [1]}")
+    files = ("unknown", "forbidden", "binary", "list", "arguments")
+    names = {name: tmp_path / f"{name}.yaml" for name in files}
     filled = [a.format(recipe=recipe, empty=tmp_path / "empty", **names) for a in arguments]
     filled += ["--output", str(tmp_path / "out")] if filled[0] == "build" else []
     assert main(filled) == 2
@@ -245,6 +266,18 @@ def test_a_truncated_shard_is_named(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="truncated, build it again"):
         read_member(record, "json")
     assert (tmp_path / "out" / MANIFEST).is_file()
+
+
+def test_a_resumed_build_that_nothing_survives_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png").with_suffix(".txt").write_text("words")
+    out = tmp_path / "out"
+    build("text_image", tmp_path / "in", out)
+    (out / MANIFEST).unlink()
+    (out / "my_notes.txt").write_text("precious")
+    (tmp_path / "in" / "a.txt").write_text(" ")
+    with pytest.raises(InputError, match="no record survived"):
+        build("text_image", tmp_path / "in", out)
+    assert (out / "my_notes.txt").read_text() == "precious" and not list(out.glob("*.tar"))
 
 
 def test_input_that_changed_before_a_build_was_finished_leaves_no_shard_behind(tmp_path: Path) -> None:

@@ -145,6 +145,26 @@ def test_a_damaged_entry_is_named(tmp_path: Path) -> None:
             store.get(f"name {i}")
 
 
+@pytest.mark.parametrize("name", ["tar", "npy"])
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_what_a_cut_file_held_is_encoded_again(
+    name: str, left: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(FeatureStore(tmp_path, Counting.fingerprint), Counting(), wanted(7), 7)
+    (path,) = tmp_path.rglob(f"*.{name}")
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    store = FeatureStore(tmp_path, Counting.fingerprint)
+    assert fill(store, Counting(), wanted(7), 7) == 7 and "is damaged" in caplog.text
+    assert FeatureStore(tmp_path, Counting.fingerprint).get(next(iter(wanted(1)))[0]) is not None
+
+
+def test_a_damaged_name_of_the_encoder_is_one_clear_error(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, "f" * 64)
+    (store.folder / "encoder.json").write_text("")
+    with pytest.raises(InputError, match="is damaged; delete"):
+        FeatureStore(tmp_path, "f" * 64)
+
+
 def test_a_folder_of_another_encoder_is_refused(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, "a" * 16 + "b" * 48)
     store.add("x", features(0))
@@ -174,7 +194,8 @@ def test_the_command_fills_pictures_and_texts_once(
     ("options", "expected"),
     [
         (["--latents", "nowhere.Nothing"], "cannot make an encoder of nowhere.Nothing"),
-        (["--pretrained", "nowhere"], "and nowhere"),
+        (["--pretrained", "nowhere"], "nowhere is no folder"),
+        (["--latents", "", "--texts", ""], "nothing would be encoded"),
         (["--image_size", "70"], "not divisible"),
     ],
 )

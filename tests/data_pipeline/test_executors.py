@@ -27,6 +27,7 @@ from data_pipeline.executors.task import Task, run_task
 from data_pipeline.index import load_index
 from data_pipeline.recipe import Recipe
 from data_pipeline.sources import Folder, Manifest, Scenes
+from data_pipeline.sources.protocol import Unit
 from data_pipeline.steps import Decode
 from data_pipeline.steps.fingerprints import Fingerprint
 from data_pipeline.steps.quality import Change, Quality
@@ -245,6 +246,39 @@ def test_a_task_whose_report_was_lost_is_not_done_again(tmp_path: Path) -> None:
     before = content(tmp_path), marks(tmp_path)
     assert run_task(task, Folder("nowhere"), STEPS, tmp_path) == report  # the source is not read
     assert before == (content(tmp_path), marks(tmp_path))
+
+
+class Overtaken(Folder):
+    """A source that takes so long to list that another build of the same output begins and ends meanwhile."""
+
+    output: Path
+
+    def units(self, records: int) -> Iterator[Unit]:
+        recipe(3, 3).build(self.output, Local(1))
+        yield from super().units(records)
+
+
+def test_a_build_that_another_overtook_does_not_mix_with_it(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("words")
+    source = Overtaken(str(tmp_path / "in"))
+    source.output = tmp_path / "out"
+    with pytest.raises(InputError, match="another recipe"):
+        Recipe(source, STEPS).build(tmp_path / "out", Local(1))
+    assert len(load_index(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("report", ['{"shard": null}', "[]", '{"seen": "9", "shard": 3}', '{"shard": {"name": 5}}'])
+def test_a_report_that_no_task_wrote_is_a_task_to_do(report: str, tmp_path: Path) -> None:
+    before = recipe(3, 3).build(tmp_path / "out", Local(1))
+    (tmp_path / "out" / "manifest.json").unlink()
+    next((tmp_path / "out").glob("*.task.json")).write_text(report)
+    assert recipe(3, 3).build(tmp_path / "out", Local(1)) == before
+
+
+def test_an_output_inside_what_is_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lies inside"):
+        Recipe(Folder(str(tmp_path)), STEPS).build(tmp_path / "sub" / "out", Local(1))
 
 
 def test_two_builds_of_one_output_do_not_mix(tmp_path: Path) -> None:

@@ -18,14 +18,19 @@ from tables import read
 
 from data_pipeline.__main__ import main
 from data_pipeline.errors import InputError
+from data_pipeline.headers import Ranges, size_by_ranges
 from data_pipeline.index import load_index, read_member
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.records import EditRecord, EncodedImage, Record, Rejected, TextImageRecord
 from data_pipeline.shards import upright_size, write_shard
 from data_pipeline.sources import Folder, Manifest
+from data_pipeline.sources.drafts import draft
+from data_pipeline.sources.layouts import LAYOUTS
 from data_pipeline.sources.protocol import Unit
 from data_pipeline.steps import Decode
+from data_pipeline.steps.metadata import number
 from data_pipeline.steps.pixels import pixels
+from data_pipeline.steps.resize import Resize
 from data_pipeline.transforms import decode
 
 
@@ -69,6 +74,34 @@ def test_grey_of_16_bits_keeps_its_brightness() -> None:
     Image.fromarray(np.full((12, 20), 32768, np.uint16)).save(buffer, "PNG")
     assert decode(buffer.getvalue()).getpixel((3, 3)) == (128, 128, 128)
     assert pixels(EncodedImage(buffer.getvalue(), "png"))[3, 3].tolist() == [128, 128, 128]
+
+
+def test_grey_of_16_bits_is_looked_at_however_large() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2048, 2048), 32768, np.uint16)).save(buffer, "PNG")
+    assert pixels(EncodedImage(buffer.getvalue(), "png"))[3, 3].tolist() == [128, 128, 128]
+
+
+# Each is a way in which EXIF is broken that Pillow's parser or writer raises another exception at.
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        b"Exif\0\0not a tiff",
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12",  # cut off
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x0e\0\x03\0\0\0\x02\0\1\0\2\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_every_reader_takes_malformed_exif_alike(form: str, exif: bytes, tmp_path: Path) -> None:
+    data = encoded((40, 20), form, exif=exif)
+    record = TextImageRecord("a", EncodedImage(data, {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[form]), "words")
+    assert Decode()(record) == record
+    assert write_shard(tmp_path / "a.tar", [(record, {})]) is not None
+    size = size_by_ranges(Ranges(lambda start, end: data[start:end], len(data)), 0, len(data))
+    assert upright_size(data) == decode(data).size == size == pixels(record.image).shape[1::-1]
+    assert max(Image.open(io.BytesIO(Resize(longer_side=16).check(record.image).data)).size) == 16
 
 
 def test_formats_outside_the_list_are_refused_whatever_their_name() -> None:
@@ -240,7 +273,11 @@ def only(folder: Path, pattern: str) -> Path:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "manifest cut": (lambda out: (out / "manifest.json").write_text("{"), "not the manifest", "not the manifest"),
-    "manifest of another": (lambda out: (out / "manifest.json").write_text("[]"), "not the manifest", "it has no"),
+    "manifest of another": (
+        lambda out: (out / "manifest.json").write_text("[]"),
+        "not the manifest",
+        "is not the manifest of a build",
+    ),
     "shard gone": (lambda out: only(out, "*.tar").unlink(), "is missing", "holds no shards"),
     "shard cut": (lambda out: os.truncate(only(out, "*.tar"), 99), "has 99 bytes", "truncated"),
     "index gone": (lambda out: only(out, "*.index.parquet").unlink(), "index is missing", "has no index"),
@@ -275,7 +312,7 @@ def test_inspect_refuses_bytes_that_changed_and_an_index_that_is_none(tmp_path: 
     assert "differs from its index" in capsys.readouterr().err
     (tmp_path / "s.index.parquet").write_bytes(b"not parquet")
     assert main(["inspect", str(tmp_path)]) == 2
-    assert "is damaged, build the shards again" in capsys.readouterr().err
+    assert "is damaged or of an older version" in capsys.readouterr().err
 
 
 def test_an_impossible_output_is_one_line(tmp_path: Path, capsys) -> None:
@@ -300,3 +337,14 @@ def test_the_page_shows_sources_in_order_and_examples_of_what_was_lost(tmp_path:
     places = [page.index(f'alt="source{i}"') for i in range(11)] + [page.index('alt="target"')]
     assert places == sorted(places)
     assert "missing_file" in page and "&lt;i&gt;.png" in page and "<i>" not in page and "<b>" not in page
+
+
+def test_a_record_of_more_pictures_than_training_reads_is_rejected() -> None:
+    image = EncodedImage(encoded(), "png")
+    assert isinstance(Decode()(EditRecord("k", (image,) * 64, image, "words")), EditRecord)
+    assert Decode()(EditRecord("k", (image,) * 65, image, "words")).reason == "too_many_pictures"
+
+
+def test_a_number_beyond_any_float_is_carried_along_and_no_column() -> None:
+    found = draft({"caption": "words", "image": "a.png", "id": 10**400}, LAYOUTS["text_image"])
+    assert found.metadata == {"id": 10**400} and number(10**400) is None

@@ -340,6 +340,8 @@ def test_a_key_that_no_header_can_hold_is_not_shown(
         ({"url": f"https://host/v1?key={KEY}"}, "endpoint.url must be http"),
         ({"key_variable": f"{KEY}"}, "must name an environment variable"),
         ({"model": ""}, "endpoint.model is empty"),
+        ({"seconds": 1e12}, "seconds above 0 and at most"),
+        ({"seconds": float("nan")}, "seconds above 0 and at most"),
         ({"threads": 0}, "threads and max_tokens must be positive"),
     ],
 )

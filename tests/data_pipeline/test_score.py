@@ -7,6 +7,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.executors.local import Local
 from data_pipeline.index import SUFFIX, load_index
 from data_pipeline.recipe import Recipe
-from data_pipeline.score import score
+from data_pipeline.score import score, unscored
 from data_pipeline.select import Selection, select
 from data_pipeline.sources import Scenes, WebDataset
 from data_pipeline.steps import Decode
@@ -54,7 +55,9 @@ def test_scores_of_several_runs_are_selected_by_together(tmp_path: Path) -> None
     folder = built(tmp_path / "out", Quality())
     score(folder, [Change()], Local())
     funnel = select(folder, Selection(where=["words >= 1", "changed >= 0.9"]))
-    assert [rule for rule, _, _ in funnel] == ["words >= 1", "changed >= 0.9"] and funnel[1][2] < 12
+    assert [rule for rule, _, _ in funnel] == ["words >= 1", "changed >= 0.9 (6 have no value and pass)"] and funnel[1][
+        2
+    ] < 12
 
 
 def test_what_was_scored_before_is_kept_and_another_revision_replaces_it(tmp_path: Path) -> None:
@@ -122,3 +125,15 @@ def test_the_command_takes_the_scoring_steps_of_any_recipe(tmp_path: Path, capsy
     recipe.write_text(json.dumps({"steps": [{"class_path": names[0]}]}))
     assert main(["score", str(folder), "-c", str(recipe)]) == 2
     assert "no step that scores" in capsys.readouterr().err
+
+
+def test_a_judge_that_failed_on_records_is_told_with_its_commonest_reasons(tmp_path: Path) -> None:
+    folder = built(tmp_path / "out")
+    assert unscored(folder) == ""
+    for path in folder.glob(f"*{SUFFIX}"):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column("judge_note", pa.array(["HTTP 401"] * table.num_rows)), path)
+    assert unscored(folder).splitlines() == [
+        "12 of 12 records have no score, judge_note says why:",
+        "  12 x HTTP 401",
+    ]

@@ -18,7 +18,11 @@ from data_pipeline.select import Selection, report, select
 from data_pipeline.steps.columns import column
 from data_pipeline.steps.fingerprints import Fingerprint
 
-COLUMNS = [column("words", pa.int32(), "quality", "1"), *Fingerprint().columns()]
+COLUMNS = [
+    column("words", pa.int32(), "quality", "1"),
+    column("rating", pa.float32(), "rater", "1"),
+    *Fingerprint().columns(),
+]
 
 
 def rows(count: int, **changes: list) -> list[dict]:
@@ -45,6 +49,7 @@ def rows(count: int, **changes: list) -> list[dict]:
                 "height": 0,
                 "sha256": hashlib.sha256(facts.pop("member", key).encode()).digest(),
                 "words": 5,
+                "rating": None,
                 "phash": None,
                 "phash_others": [],
                 **facts,
@@ -78,7 +83,7 @@ def test_thresholds_compare_columns_and_let_nulls_pass(folder) -> None:
     assert kept(path, Selection(where=["words >= 3", "words<9"])) == [1, 2]
     assert kept(path, Selection(where=["licence != CC0-1.0"])) == []
     assert kept(path, Selection()) == [0, 1, 2, 3]
-    assert select(path, Selection(where=["words >= 3"])) == [("words >= 3", 4, 3)]
+    assert select(path, Selection(where=["words >= 3"])) == [("words >= 3 (1 have no value and pass)", 4, 3)]
     assert "4 ->            3  words >= 3" in report([("words >= 3", 4, 3)])
 
 
@@ -119,6 +124,29 @@ def test_lists_take_records_out_by_key_by_member_and_by_likeness(folder, tmp_pat
     assert kept(path, Selection(takedown=[str(tmp_path / "gone.txt")])) == [2, 3]
     assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")])) == [0, 3]
     assert kept(path, Selection(decontaminate=[str(tmp_path / "bench.txt")], near=3)) == [0]
+
+
+@pytest.mark.parametrize("form", ["{}", "{}  a.png", "{} *a.png", "sha256:{}", "\ufeff{}"])
+def test_lists_are_read_as_tools_write_them(form: str, folder, tmp_path: Path) -> None:
+    path = folder(rows(3, member=["a", "b", "c"]))
+    (tmp_path / "list.txt").write_text(form.format(hashlib.sha256(b"a").hexdigest()))
+    for rules in (Selection(takedown=[f"{tmp_path}/list.txt"]), Selection(decontaminate=[f"{tmp_path}/list.txt"])):
+        assert kept(path, rules) == [1, 2]
+
+
+def test_a_takedown_says_how_many_lines_it_found_even_of_records_that_a_rule_drops(folder, tmp_path: Path) -> None:
+    path = folder(rows(3, words=[1, 9, None]))
+    (tmp_path / "list.txt").write_text("\ufeffk0\nk0\nno_such_key\n")
+    funnel = select(path, Selection(takedown=[f"{tmp_path}/list.txt"], where=["words > 5"]))
+    assert funnel == [
+        ("takedown (1 of 2 lines name a record or a member)", 3, 2),
+        ("words > 5 (1 have no value and pass)", 2, 2),
+    ]
+
+
+def test_where_nothing_is_kept_the_report_says_which_rule_it_was(folder) -> None:
+    found = report(select(folder(rows(3)), Selection(where=["words >= 1", "words >= 99"])))
+    assert found.splitlines()[-1].startswith("nothing is kept: 'words >= 99' took the last")
 
 
 def test_a_benchmark_s_picture_is_found_among_sources_too(folder, tmp_path: Path) -> None:
@@ -180,7 +208,10 @@ def test_duplicates_are_found_across_folders_and_each_keeps_its_own(folders: tup
 
 def test_a_folder_without_a_score_passes_whole_and_the_funnel_says_so(folders: tuple[Path, Path]) -> None:
     ((rule, before, after),) = select(list(folders), Selection(where=["words >= 3"], scorers={"words": "quality"}))
-    assert rule == f"words >= 3 (no such column in {folders[1]})" and (before, after) == (8, 7)
+    assert rule == f"words >= 3 (4 have no value and pass; no such column in {folders[1]})" and (before, after) == (
+        8,
+        7,
+    )
     with pytest.raises(InputError, match="has no column words"):
         select(folders[1], Selection(where=["words >= 3"]))
 
@@ -217,13 +248,21 @@ def test_a_threshold_of_another_scorer_is_refused(folder) -> None:
         ({"where": ["words > three"]}, "which is int32, with 'three'"),
         ({"where": ["bogus > 3"]}, "has no column bogus; it has key"),
         ({"duplicates": "all"}, "expected record or picture"),
+        ({"decontaminate": ["list.txt"]}, "list.txt line 2: 'hello' is no hash"),
+        ({"share": {"edits": 0.5}}, "share names edits; expected one of text_image, edit"),
+        ({"share": {"text_image": float("nan")}}, "shares from 0 to 1"),
+        ({"where": ["rating <= nan"]}, "with no number"),
         ({"near": 65}, "0 to 8 bits"),
         ({"share": {"edit": 2.0}}, "shares from 0 to 1"),
         ({"takedown": ["nowhere.txt"]}, "cannot read the list nowhere.txt"),
     ],
 )
-def test_a_wrong_rule_is_one_clear_error(rules: dict, expected: str, folder) -> None:
-    path = folder(rows(2))
+def test_a_wrong_rule_is_one_clear_error(
+    rules: dict, expected: str, folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(rows(2, rating=[0.5, None]))
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text("0123456789abcdef\nhello\n")
     with pytest.raises(InputError, match=expected):
         select(path, Selection(**rules))
     assert not (path / KEEP).exists()

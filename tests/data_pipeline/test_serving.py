@@ -25,6 +25,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.index import load_index
 from data_pipeline.plan import Draw
 from data_pipeline.recipe import Recipe
+from data_pipeline.select import Selection, select
 from data_pipeline.sources import Manifest
 from data_pipeline.transforms import check_size, decode, fit_size, to_tensor
 
@@ -199,11 +200,38 @@ def test_a_text_that_speaks_of_a_side_is_never_mirrored(shards: str, prompt: str
         ({"ratio": {"video": 1}}, "asks for video, but there are no training records"),
         ({"batch_size": 0}, "at least 1"),
         ({"batch_tokens": 0}, "at least 1"),
+        ({"num_workers": -1}, "data.num_workers is -1"),
+        ({"val_batches": -3}, "data.val_batches is -3"),
+        ({"val_fraction": -1.0}, "data.val_fraction is -1"),
+        ({"val_fraction": float("nan")}, "data.val_fraction is nan"),
+        ({"val_fraction": 1.5}, "data.val_fraction is 1.5"),
+        ({"ratio": {}}, "data.ratio is {}"),
+        ({"ratio": {"edit": 0, "text_to_image": 0}}, "one of them above 0"),
+        ({"ratio": {"edit": 1, "text_to_image": -1}}, "numbers of 0 or more"),
+        ({"ratio": {"edit": float("nan")}}, "numbers of 0 or more"),
+        ({"ratio": {"edit": float("inf")}}, "numbers of 0 or more"),
     ],
 )
 def test_wrong_options_are_named(shards: str, options: dict, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         module(shards, **options).setup("fit")
+
+
+def test_a_folder_that_is_named_twice_is_refused(shards: str) -> None:
+    with pytest.raises(InputError, match="more than once"):
+        module(shards, shards=[shards, f"{shards}/../{Path(shards).name}/"]).setup("fit")
+
+
+def test_sets_that_a_ratio_leaves_out_or_misspells_are_told(shards: str, caplog: pytest.LogCaptureFixture) -> None:
+    module(shards, ratio={"edit": 1, "edits": 0}).setup("fit")
+    assert "leaves out text_to_image" in caplog.text and "names edits, of which" in caplog.text
+
+
+def test_a_selection_that_keeps_nothing_is_named(tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "shards", 4, 0)
+    select(folder, Selection(where=["text_length > 9999"]))
+    with pytest.raises(InputError, match=r"keep.parquet keeps 0 records"):
+        module(str(folder)).setup("fit")
 
 
 def test_shards_without_anything_to_train_on_are_named(tmp_path: Path) -> None:

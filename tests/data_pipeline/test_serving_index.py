@@ -96,6 +96,25 @@ def test_a_selection_is_honoured_and_a_new_one_too(tmp_path: Path) -> None:
     assert {record.key for *_, record in everything(served(tmp_path, folder))} == kept and 0 < len(kept) < 40
 
 
+def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
+    edits = [str(micro_shards(tmp_path / name, 0, 9)) for name in ("a", "b")]
+    with pytest.raises(InputError, match=r"two sets of .* are called edit"):
+        ServingIndex(build(tmp_path / "index", {"edit": edits[:1], "": edits[1:]}, RULE))
+
+
+@pytest.mark.parametrize("name", ["index.json", "rows.npy", "shards.npy"])
+@pytest.mark.parametrize("left", [None, 0, 0.5])
+def test_a_sorted_index_that_was_damaged_is_made_again(name: str, left: float | None, tmp_path: Path) -> None:
+    folder = micro_shards(tmp_path / "a", 9, 0)
+    before = everything(served(tmp_path, folder))
+    (path,) = (tmp_path / "index").glob(f"*/{name}")
+    data = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(data[: int(left * len(data))])
+    assert everything(served(tmp_path, folder)) == before
+
+
 def test_nothing_is_sorted_twice(tmp_path: Path) -> None:
     folder = micro_shards(tmp_path / "a", 60, 60)
     served(tmp_path, folder)

@@ -419,6 +419,11 @@ def mistakes(root: Path) -> Iterator[tuple[Any, str]]:
         r"source\.columns names \['txt'\]; the layout edit has text, tar",
     )
     yield lambda: Manifest(table, "text_image", columns={"sources": "a"}), "the layout text_image has text, target"
+    yield lambda: Manifest(table, columns={"text": []}), "no column for text"
+    yield lambda: Manifest(table, columns={"target": [], "sources": ""}), "no column for sources, target"
+    yield lambda: UrlList(table, threads=0), r"source\.threads 0"
+    yield lambda: UrlList(table, seconds=float("inf")), "seconds inf"
+    yield lambda: UrlList(table, max_bytes=-5), "max_bytes -5"
     yield lambda: Manifest(table, pictures="a", archives="b"), "both set"
     yield lambda: read(Manifest(table, pictures=str(root / "no"))), r"source\.pictures .*no is no folder"
     yield lambda: read(Manifest(table, pictures=table)), r"t\.jsonl is no folder"
@@ -427,7 +432,7 @@ def mistakes(root: Path) -> Iterator[tuple[Any, str]]:
     yield lambda: read(Folder(table)), "is a file; expected a folder"
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(16))
 def test_a_mistake_names_the_setting_and_the_remedy(number: int, root: Path) -> None:
     act, expected = list(mistakes(root))[number]
     with pytest.raises(InputError, match=expected):

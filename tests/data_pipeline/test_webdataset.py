@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.index import sidecar
+from data_pipeline.index import load_index, sidecar
 from data_pipeline.recipe import Recipe
 from data_pipeline.records import (
     EditRecord,
@@ -30,8 +30,10 @@ from data_pipeline.records import (
     Rejected,
     TextImageRecord,
 )
+from data_pipeline.select import Selection, select
 from data_pipeline.shards import write_shard
 from data_pipeline.sources import Scenes, WebDataset
+from data_pipeline.sources.webdataset import selected_ids
 
 
 def encoded(seed: int, form: str = "PNG") -> bytes:
@@ -105,6 +107,22 @@ def test_shards_of_a_build_are_known_by_its_manifest_and_not_read(tmp_path: Path
     (tmp_path / "in" / "manifest.json").unlink()
     with pytest.raises(InputError, match="unfinished build"):
         list(WebDataset(str(tmp_path / "in")).units(9))
+
+
+def test_what_was_selected_is_what_a_second_build_reads(tmp_path: Path) -> None:
+    Recipe(Scenes(1, 6, 0, 0), [], 3).build(tmp_path / "out")
+    keys = [record.key for record in load_index(tmp_path / "out")]
+    before = [unit.content for unit in WebDataset(str(tmp_path / "out")).units(9)]
+    (tmp_path / "gone.txt").write_text("\n".join(keys[:2]))
+    select(tmp_path / "out", Selection(takedown=[str(tmp_path / "gone.txt")]))
+    assert [record.key for record in read(tmp_path / "out")] == keys[2:]
+    source = WebDataset(str(tmp_path / "out"))
+    units = list(source.units(9))
+    assert [unit.content for unit in units] == before and all("selection" in unit.where for unit in units)
+    select(tmp_path / "out", Selection(where=["text_length > 9999"]))
+    selected_ids.cache_clear()
+    with pytest.raises(InputError, match="changed while it was built from"):
+        list(source.read(units[0]))
 
 
 def test_a_tar_by_others_is_known_by_samples_wherever_it_lies(tmp_path: Path) -> None:
