@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline import parquet
 from data_pipeline.errors import InputError
 from data_pipeline.index import KEEP, kept_ids, sample_id, sidecar
 from data_pipeline.manifest import built_shards
+from data_pipeline.parquet import read as read_table
 from data_pipeline.records import KEY_PATTERN, EncodedImage, ReasoningRecord, Record, Rejected, facts, record_from, slug
 from data_pipeline.sources.conversations import RowError
 from data_pipeline.sources.drafts import Draft, draft
@@ -210,7 +210,7 @@ def indexed_hashes(tar: Path) -> Promised:
     if not sidecar(tar).is_file():
         return {}
     remedy = "remove it to read the tar without what it says"
-    rows = parquet.read(sidecar(tar), ["key", "field", "extension", "sha256"], remedy).to_pylist()
+    rows = read_table(sidecar(tar), ["key", "field", "extension", "sha256"], remedy).to_pylist()
     names = {"json": "{field}"}
     return {
         (row["key"], names.get(row["field"], "{field}.{extension}").format(**row)): row["sha256"]

@@ -92,4 +92,5 @@ def test_weights_are_hashed_only_for_a_cache(built: tuple[str, str], monkeypatch
     monkeypatch.setattr(encoders, "weights_of", lambda *modules: pytest.fail("hashed"))
     module = KontextModule(built[0], max_sequence_length=8)
     module.configure_model()
-    module.latent_encoder()
+    with pytest.raises(pytest.fail.Exception, match="hashed"):
+        assert module.latent_encoder().fingerprint
