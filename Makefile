@@ -16,7 +16,7 @@ fit: $(VENV)/.installed
 	$(BIN)/python -m lightning_modules.cli fit -c configs/edit.yaml
 
 test: $(VENV)/.installed browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --timeout 3000

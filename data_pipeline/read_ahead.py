@@ -58,6 +58,8 @@ class LocalCopies:
         """Deletes the oldest entries beyond the limit."""
         entries = []
         for entry in os.scandir(self.folder):
+            if entry.name.startswith("."):  # somebody is writing it
+                continue
             try:
                 entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
             except FileNotFoundError:  # another process has deleted it
