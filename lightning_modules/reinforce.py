@@ -263,7 +263,6 @@ class ReinforceModule(L.LightningModule):
             loss = self.supervised_loss(batch)
             self.manual_backward(self.regularisation.supervised * loss)
             self.log("train/supervised", loss.detach(), batch_size=1)
-        self._gradients.changed()
         self.log("train/grad_norm", self._gradients.norm(), batch_size=1)
         self._gradients.clip(self.regularisation.max_grad_norm)
         optimizer.step()

@@ -117,11 +117,9 @@ class RatioBased:
 
     def compare(self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout) -> Comparison:
         """The step that was taken, under both velocities."""
-        t, i = rollout.trajectory, point.step
-        c = self.stochastic().coefficients(t.sigmas[i].item(), t.sigmas[i + 1].item(), t.sigmas[1].item())
-        following = t.states[i + 1 - t.window[0]]
-        mean, old_mean = sde.transition(c, point.x, v), sde.transition(c, point.x, v_old)
-        log_prob, old = (sde.log_prob(c, self.unit, following, each) for each in (mean, old_mean))
+        t, i, sampler = rollout.trajectory, point.step, self.stochastic()
+        log_prob, mean, c = sde.replay(v, t, sampler, i)
+        old, old_mean, _ = sde.replay(v_old, t, sampler, i)
         return Comparison(log_prob, log_prob - old, mean, old_mean, c, t.sigmas[i].item() - t.sigmas[i + 1].item())
 
     # Flow-GRPO (arXiv 2505.05470), equation 7, with the diffusion coefficient alone in the denominator as in its code.

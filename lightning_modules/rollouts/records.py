@@ -35,7 +35,6 @@ class Rollout:
         references: (P, R, C, h, w) clean latents of the pictures to edit, or None.
         trajectory: of B pictures.
         rewards: (P, G) each, by name.
-        scored: (P,) whether all rewards of a group are known; a group of which one is not is never trained on.
 
     >>> Rollout.load(path).trajectory.x0.shape  # doctest: +SKIP
     torch.Size([48, 4, 16, 16])
@@ -50,7 +49,6 @@ class Rollout:
     references: Float[Tensor, "p r c h w"] | None
     trajectory: Trajectory
     rewards: dict[str, Float[Tensor, "p g"]] = field(default_factory=dict)
-    scored: Tensor | None = None
 
     def __len__(self) -> int:
         """Pictures."""
@@ -64,9 +62,9 @@ class Rollout:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         t = self.trajectory
-        found = {"sequence": self.sequence, "pooled": self.pooled, "references": self.references, "scored": self.scored}
+        found = {"sequence": self.sequence, "pooled": self.pooled, "references": self.references}
         found |= {"sigmas": t.sigmas, "states": t.states, "log_probs": t.log_probs, "x0": t.x0}
-        found |= {f"reward.{name}": values for name, values in self.rewards.items()}
+        found |= {f"{REWARD}{name}": values for name, values in self.rewards.items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def facts(self) -> dict[str, Any]:
@@ -85,7 +83,6 @@ class Rollout:
             references=tensors.get("references"),
             trajectory=Trajectory(tensors["sigmas"], window, *(tensors[n] for n in ("states", "log_probs", "x0"))),
             rewards={name.removeprefix(REWARD): t for name, t in tensors.items() if name.startswith(REWARD)},
-            scored=tensors.get("scored"),
         )
 
     def select(self, groups: Sequence[int]) -> Rollout:

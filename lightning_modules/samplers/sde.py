@@ -160,13 +160,13 @@ def sample(
     x = x.float()
     states, log_probs = [x], []
     for i in range(len(sigmas) - 1):
+        v = velocity(x, sigmas[i].expand(len(x)).to(x.device)).float()
         if window[0] <= i < window[1]:
-            mean, c = step(velocity, x, sigmas, sampler, i)
+            mean, c = step(v, x, sigmas, sampler, i)
             x = mean + c.std * noise(i).to(x)
             log_probs.append(log_prob(c, sampler.unit, x, mean))
             states.append(x)
         else:
-            v = velocity(x, sigmas[i].expand(len(x)).to(x.device)).float()
             x = euler_step(x, v, sigmas[i].item(), sigmas[i + 1].item())
             if i < window[0]:
                 states = [x]
@@ -175,18 +175,17 @@ def sample(
 
 
 def replay(
-    velocity: Velocity, trajectory: Trajectory, sampler: Stochastic, i: int
+    v: Float[Tensor, "b ..."], trajectory: Trajectory, sampler: Stochastic, i: int
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b ..."], Coefficients]:
-    """Log-probability under another policy of what was done at step `i`, with the mean and the coefficients."""
+    """Log-probability of what was done at step `i`, under a policy whose velocity there is `v`; mean; coefficients."""
     place = i - trajectory.window[0]
-    mean, c = step(velocity, trajectory.states[place], trajectory.sigmas, sampler, i)
+    mean, c = step(v, trajectory.states[place], trajectory.sigmas, sampler, i)
     return log_prob(c, sampler.unit, trajectory.states[place + 1], mean), mean, c
 
 
 def step(
-    velocity: Velocity, x: Float[Tensor, "b ..."], sigmas: Float[Tensor, " n"], sampler: Stochastic, i: int
+    v: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."], sigmas: Float[Tensor, " n"], sampler: Stochastic, i: int
 ) -> tuple[Float[Tensor, "b ..."], Coefficients]:
     """Mean and coefficients of step `i`."""
-    v = velocity(x, sigmas[i].expand(len(x)).to(x.device))
     c = sampler.coefficients(sigmas[i].item(), sigmas[i + 1].item(), sigmas[1].item())
     return transition(c, x, v), c

@@ -242,7 +242,7 @@ def test_adapters_train_alone_and_export_merged(folder: str, tmp_path: Path) -> 
     module = made(folder, lora=Lora(rank=2, alpha=4), regularisation=Regularisation(velocity_kl=0.1))
     module.configure_model()
     base = {n: p.detach().clone() for n, p in module.transformer.named_parameters() if "lora_" not in n}
-    x, sigma = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    sigma = torch.tensor([500.0])
     inputs = {"encoder_hidden_states": torch.randn(1, 3, module.transformer.config.joint_attention_dim)}
     inputs |= {"pooled_projections": torch.randn(1, module.transformer.config.pooled_projection_dim)}
     channels = module.transformer.config.in_channels

@@ -128,7 +128,8 @@ def test_a_replayed_log_probability_is_the_recorded_one_bit_for_bit(sampler: sde
         trajectory = sde.sample(policy, noise()(0), schedule(10, 3.0), sampler, (1, 4), noise(2))
     assert trajectory.states.shape == (4, 4, 6) and trajectory.log_probs.shape == (3, 4)
     for i in range(1, 4):
-        log_prob, _, _ = sde.replay(policy, trajectory, sampler, i)
+        v = policy(trajectory.states[i - 1], trajectory.sigmas[i].expand(4))
+        log_prob, _, _ = sde.replay(v, trajectory, sampler, i)
         assert log_prob.requires_grad and torch.equal(log_prob, trajectory.log_probs[i - 1])
 
 
