@@ -38,11 +38,13 @@ class Rule:
         image_size: pixels of the longer side.
         multiple: both sides are multiples of it.
         val_fraction: share of records without a split of their own that is held out, chosen by their ids.
+        upscale: whether pictures whose longer side is smaller are enlarged.
     """
 
     image_size: int
     multiple: int
     val_fraction: float = 0.02
+    upscale: bool = True
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def signature(table: pa.Table, rows: np.ndarray, record: np.ndarray, role: np.nd
     local = np.cumsum(np.diff(record, prepend=-1) != 0) - 1
     picture = role < TEXT
     width, height = (table[name].to_numpy()[rows] for name in ("width", "height"))
-    sizes = fit_sizes(np.stack([height[picture], width[picture]], 1), rule.image_size, rule.multiple)
+    sizes = fit_sizes(np.stack([height[picture], width[picture]], 1), rule.image_size, rule.multiple, rule.upscale)
     references = np.bincount(local[picture], minlength=len(first)) - 1
     if (role[first] != 0).any() or (lengths(record) != references + 2).any():
         raise InputError("the index has a record without its target, a reference or its text; build or index it again")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from data_pipeline.scenes import benchmark
-from data_pipeline.scenes.captions import Caption, satisfied
+from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, satisfied
 from data_pipeline.scenes.edits import Edit, edit_success, preservation
 from data_pipeline.scenes.renderer import render
 from data_pipeline.scenes.verifier import read
@@ -31,6 +31,8 @@ class SceneBenchmark:
     `guidance_scales`: the first names the metrics without suffix; further ones are reported as `<metric>_guidance_<s>`.
     `negative_prompt`: None takes the pipeline's; a model whose captions were dropped to "" knows that one best.
     `tasks`: what is measured, "text_to_image", "edit" or both.
+    `caption_level`: that of captions, where it is another one than the edits'.
+    `caption_tasks`: which of GenEval's tasks the captions are of; None takes all.
     """
 
     level: int = 1
@@ -41,12 +43,18 @@ class SceneBenchmark:
     tasks: tuple[str, ...] = ("text_to_image", "edit")
     batch_size: int = 128
     seed: int = 0
+    caption_level: int | None = None
+    caption_tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) - {"text_to_image", "edit"}:
             raise InputError(f"benchmark.tasks must be text_to_image, edit or both, got {list(self.tasks)}")
-        if self.level not in LEVELS:
-            raise InputError(f"benchmark.level is {self.level!r}; scenes have the levels {sorted(LEVELS)}")
+        for level in (self.level, self.captions_at):
+            if level not in LEVELS:
+                raise InputError(f"benchmark.level is {level!r}; scenes have the levels {sorted(LEVELS)}")
+        if not self.held_out_tasks or set(self.held_out_tasks) - set(TASK_WEIGHTS["val"]):
+            known = ", ".join(TASK_WEIGHTS["val"])
+            raise InputError(f"benchmark.caption_tasks is {self.caption_tasks!r}; held-out captions are of {known}")
         counts = {"count": self.count, "num_inference_steps": self.num_inference_steps, "batch_size": self.batch_size}
         for name, value in counts.items():
             if type(value) is not int or value < 1:
@@ -54,10 +62,21 @@ class SceneBenchmark:
         if not self.guidance_scales or any(type(s) not in (int, float) for s in self.guidance_scales):
             raise InputError(f"benchmark.guidance_scales is {self.guidance_scales!r}; expected at least one number")
 
+    @property
+    def captions_at(self) -> int:
+        """The captions' level."""
+        return self.level if self.caption_level is None else self.caption_level
+
+    @property
+    def held_out_tasks(self) -> tuple[str, ...]:
+        """The captions' tasks."""
+        return tuple(TASK_WEIGHTS["val"]) if self.caption_tasks is None else self.caption_tasks
+
 
 def evaluate(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, float]:
     """All metrics of the benchmark, each a share in [0, 1]."""
-    captions, edits = benchmark(settings.level, settings.count, settings.seed)
+    captions, _ = benchmark(settings.captions_at, settings.count, settings.seed, settings.held_out_tasks)
+    _, edits = benchmark(settings.level, settings.count, settings.seed)
     metrics: dict[str, float] = {}
     for scale in settings.guidance_scales:
         suffix = "" if scale == settings.guidance_scales[0] else f"_guidance_{scale:g}"
@@ -79,7 +98,7 @@ def score_captions(
         prompts = [caption.text for caption in chunk]
         pictures = generate(pipeline, prompts, None, settings, guidance_scale, number)
         for caption, picture in zip(chunk, pictures, strict=True):
-            by_task[caption.task].append(satisfied(caption, read(picture, settings.level).scene))
+            by_task[caption.task].append(satisfied(caption, read(picture, settings.captions_at).scene))
     every = [success for successes in by_task.values() for success in successes]
     return {"t2i_success": fmean(every), **{f"t2i_success_{task}": fmean(s) for task, s in sorted(by_task.items())}}
 
@@ -118,7 +137,7 @@ def generate(
     number: int,
 ) -> np.ndarray:
     """One picture a prompt, (B, H, W, 3) in [0, 255]; noise depends on the seed and the batch's number alone."""
-    side = LEVELS[settings.level].resolution
+    side = LEVELS[settings.level if sources else settings.captions_at].resolution
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + number)
     pictures = pipeline(
         prompts,
