@@ -21,9 +21,9 @@ from lightning_modules.evaluation.pictures import dashboard
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
-from lightning_modules.networks.autoencoder import decode_latents, sample_latents
+from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.loading import compare_shapes
+from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
@@ -41,7 +41,6 @@ from lightning_modules.samplers import path
 from lightning_modules.samplers.timesteps import schedule
 from lightning_modules.schedule import AdamW, adamw
 
-SUPERVISED = ("posterior target", "supervised noise")  # what is drawn for the supervised loss
 PATIENCE = 50  # batches that teach nothing before a run is given up
 
 
@@ -154,7 +153,7 @@ class ReinforceModule(L.LightningModule):
         """Samples groups of each prompt, has them scored meanwhile, and keeps those that teach something."""
         size, rewards = self.sampling.micro_groups, of_task(self.rewards, batch.task)
         pending: list[tuple[Rollout, Future[dict[str, Tensor]]]] = []
-        with ThreadPoolExecutor(1) as pool, self.snapshots.using("old" if "old" in self.snapshots.copies else None):
+        with ThreadPoolExecutor(1) as pool, self.snapshots.using(self.regularisation.sampler):
             for start in range(0, len(batch), size):
                 part = batch.rows(start, start + size)
                 rollout = self.sample(part)
@@ -230,12 +229,8 @@ class ReinforceModule(L.LightningModule):
             return None
         if not isinstance(references, Tensor):
             raise InputError("the prompts of a batch must have equally many pictures to edit, of one size")
-        shape = (references.shape[2] // 2, *references.shape[3:])
-        samples = []
-        for r, moments in enumerate(references.unbind(1)):
-            noise = draw(torch.randn, shape, self.seed, f"posterior reference {r}", batch.epochs, batch.sample_ids)
-            samples.append(sample_latents(self.pipeline().vae, moments, noise.to(self.device)))
-        return torch.stack(samples, dim=1)
+        each = enumerate(references.unbind(1))
+        return torch.stack([self._encoder.sample(m, self.seed, f"reference {r}", batch) for r, m in each], dim=1)
 
     def requests(self, batch: ImageBatch, rollout: Rollout) -> list[Request]:
         """What each picture of a rollout was made from; pictures to edit as the transformer saw them."""
@@ -299,11 +294,10 @@ class ReinforceModule(L.LightningModule):
             batch = self._encoder.encode_batch(batch.to(self.device))
             sequence, pooled = self._prompts(batch.prompts)
             references = self.encode_references(batch)
-            shape = (batch.target.shape[1] // 2, *batch.target.shape[2:])
-            draws = [draw(torch.randn, shape, self.seed, name, batch.epochs, batch.sample_ids) for name in SUPERVISED]
-            posterior, noise = (each.to(self.device) for each in draws)
-            x0 = sample_latents(self.pipeline().vae, batch.target, posterior)
-            sigma = draw(torch.rand, (), self.seed, "supervised sigma", batch.epochs, batch.sample_ids).to(x0)
+            x0 = self._encoder.sample(batch.target, self.seed, "target", batch)
+            counters = batch.epochs, batch.sample_ids
+            noise = draw(torch.randn, tuple(x0.shape[1:]), self.seed, "supervised noise", *counters).to(x0)
+            sigma = draw(torch.rand, (), self.seed, "supervised sigma", *counters).to(x0)
         v = Policy(self.transformer, sequence, pooled, references)(path.interpolate(x0, noise, sigma), sigma)
         self.count(len(batch) * (2 if self.lora else 3))
         return flow_matching(v, path.velocity(x0, noise), torch.ones_like(sigma))
@@ -347,11 +341,7 @@ class ReinforceModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        shapes = [
-            {n: tuple(t.shape) for n, t in state.items()}
-            for state in (dict(self.trainable_parameters()), checkpoint["state_dict"])
-        ]
-        compare_shapes(Path(self.pretrained), *shapes)
+        check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
         saved = checkpoint["reinforce"]
         self.snapshots.copies = saved["copies"]
         self.waiting = [Rollout.of(facts, tensors) for facts, tensors in saved["waiting"]]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import Features, FeatureStore
-from lightning_modules.networks.autoencoder import encode_moments
+from data_pipeline.counters import draw
+from lightning_modules.networks.autoencoder import encode_moments, sample_latents
 from lightning_modules.pipelines.kontext import KontextPipeline
 
 CHUNK = 8  # pictures
@@ -111,6 +112,14 @@ class LatentEncoder:
             references=collate_references([[value.float() for value in row[1:]] for row in moments]),
             encoded=True,
         )
+
+    def sample(
+        self, moments: Float[Tensor, "b c2 h w"], seed: int, purpose: str, batch: ImageBatch
+    ) -> Float[Tensor, "b c h w"]:
+        """Latents from moments of a batch's pictures, with noise of each sample and epoch."""
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        noise = draw(torch.randn, shape, seed, f"posterior {purpose}", batch.epochs, batch.sample_ids)
+        return sample_latents(self.vae, moments, noise.to(moments.device))
 
 
 class TextEncoder:

@@ -70,11 +70,16 @@ class Regularisation:
             raise InputError(f"regularisation: 0 < old_rate <= 1 and 0 <= ema_decay < 1; got {self}")
 
     @property
+    def sampler(self) -> str | None:
+        """The copy of the policy that samples; None where the trained weights do."""
+        return "old" if self.old_rate < 1 else None
+
+    @property
     def snapshots(self) -> dict[str, float]:
         """The copies of the policy that are needed, and the share that each follows it by after an update."""
         wanted = {
             "reference": (self.velocity_kl + self.latent_kl > 0, 0.0),
-            "old": (self.old_rate < 1, self.old_rate),
+            "old": (self.sampler is not None, self.old_rate),
             "ema": (self.ema_kl > 0, 1 - self.ema_decay),
         }
         return {name: rate for name, (needed, rate) in wanted.items() if needed}
