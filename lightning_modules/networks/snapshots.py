@@ -25,6 +25,12 @@ class Snapshots:
         """Copies the weights as they are."""
         self.copies[name] = {key: p.detach().clone() for key, p in self.parameters.items()}
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves all copies to where the network is."""
+        self.copies = {
+            name: {key: tensor.to(device) for key, tensor in copy.items()} for name, copy in self.copies.items()
+        }
+
     @torch.no_grad()
     def approach(self, name: str, share: float) -> None:
         """Moves a copy towards the weights: copy + share (weights - copy)."""
