@@ -111,6 +111,8 @@ class ShardDataModule(L.LightningDataModule):
         verify: when the hash of each file that is read is compared with the index.
         index_root: where indexes sorted for training are kept.
         remote_copies: where what was read of shards behind URLs is kept, and how much; None keeps nothing.
+        prompt_records: serve prompts too, which have no target, as sets "prompt" and "edit_prompt": reinforcement
+            samples from them.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class ShardDataModule(L.LightningDataModule):
         verify: Verify = "first_epoch",
         index_root: str = "data/index",
         remote_copies: LocalCopies | None = None,
+        prompt_records: bool = False,
     ) -> None:
         super().__init__()
         self.sizes = dict(sorted(image_size.items())) if isinstance(image_size, dict) else {0: image_size}
@@ -147,6 +150,8 @@ class ShardDataModule(L.LightningDataModule):
         options.check_least(0, num_workers=num_workers, val_batches=val_batches)
         options.check_held_out(val_fraction)
         options.check_ratio(ratio)
+        if prompt_records and mixing == "mixed":
+            raise InputError('data.mixing is "mixed", but prompts have no targets to be mixed with; use "alternate"')
         self.shards = shards if isinstance(shards, dict) else {"": shards or []}
         self.scenes = scenes if isinstance(scenes, list) else [scenes] if scenes else []
         self.ratio, self.mixing, self.upscale = ratio, mixing, upscale
@@ -154,7 +159,7 @@ class ShardDataModule(L.LightningDataModule):
         self.num_workers, self.seed, self.steps, self.verify = num_workers, seed, steps, verify
         self.val_fraction, self.val_batches, self.cache = val_fraction, val_batches, cache
         self.augmentation, self.index_root = augmentation, Path(index_root)
-        self.remote_copies = remote_copies
+        self.remote_copies, self.prompt_records = remote_copies, prompt_records
         self.indexes: list[ServingIndex] = []
         self.consumed: list[Plan] = []
         self._store: FeatureStore | None = None
@@ -201,13 +206,14 @@ class ShardDataModule(L.LightningDataModule):
             folders.setdefault(shards.name, []).append(str(shards.folder()))
         options.check_once(folders)
         for size in self.sizes.values():
-            rule = Rule(size, self.size_multiple, self.val_fraction, self.upscale)
+            rule = Rule(size, self.size_multiple, self.val_fraction, self.upscale, self.prompt_records)
             self.indexes.append(ServingIndex(serving.build(self.index_root, folders, rule)))
         streams = self.indexes[0].streams["train"]
         if not streams:
             raise InputError(
                 f"no record of {', '.join(f for many in folders.values() for f in many)} can be trained on here; "
-                f"expected records of text-image pairs or edits{options.selected(folders)}"
+                f"expected records of text-image pairs or edits{options.selected(folders)}; prompts are for "
+                "reinforcement, with data.prompt_records"
             )
         sets = sorted({name for name, _ in streams})
         self.ratio = self.ratio or dict.fromkeys(sets, 1)

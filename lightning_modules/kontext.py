@@ -67,9 +67,9 @@ class Dropout:
 
 def check_tasks(name: str, by_task: Mapping[str, float]) -> None:
     """Refuses names that are no task: a misspelt one would be as if it were not there."""
-    unknown = sorted(set(by_task) - set(TASKS.values()))
+    unknown = sorted(set(by_task) - set(TASKS))
     if unknown:
-        raise InputError(f"{name} names {', '.join(unknown)}; the tasks are {', '.join(TASKS.values())}")
+        raise InputError(f"{name} names {', '.join(unknown)}; the tasks are {', '.join(TASKS)}")
 
 
 class KontextModule(L.LightningModule):
@@ -226,6 +226,10 @@ class KontextModule(L.LightningModule):
     def encode(self, batch: ImageBatch) -> tuple[Float[Tensor, "b c h w"], Any]:
         """Posterior samples of target and references (None, (B, C, h, w) for one each, or lists), as released."""
         assert self._encoder is not None
+        if not batch.has_targets:
+            raise InputError(
+                f"{batch.keys[0]} is a prompt, without a target to learn from; leave data.prompt_records out"
+            )
         sample, batch = self._encoder.sample, self._encoder.encode_batch(batch)
         target = sample(batch.target, self.seed, "target", batch)
         references = batch.references

@@ -216,7 +216,7 @@ class ReinforceModule(L.LightningModule):
         policy = Policy(self.transformer, sequence, pooled, references, settings.guidance_scale, self.negative())
         config = pipeline.scheduler.config
         sigmas = schedule(settings.num_inference_steps, config.shift, config.num_train_timesteps)
-        factor = 1 if batch.encoded else pipeline.vae_scale_factor
+        factor = 1 if batch.encoded and batch.has_targets else pipeline.vae_scale_factor
         height, width = (side // factor for side in batch.target.shape[-2:])
         trajectory = collect.sample(
             policy,
@@ -307,6 +307,8 @@ class ReinforceModule(L.LightningModule):
 
     def supervised_loss(self, batch: ImageBatch) -> Tensor:
         """Flow matching on the targets of a batch, at noise levels spread evenly."""
+        if not batch.has_targets:
+            raise InputError("regularisation.supervised learns from targets, and prompts have none; set it to 0")
         with torch.no_grad():
             batch = self._encoder.encode_batch(batch.to(self.device))
             sequence, pooled = self._prompts(batch.prompts)
