@@ -227,9 +227,7 @@ class KontextModule(L.LightningModule):
         """Posterior samples of target and references (None, (B, C, h, w) for one each, or lists), as released."""
         assert self._encoder is not None
         if not batch.has_targets:
-            raise InputError(
-                f"{batch.keys[0]} is a prompt, without a target to learn from; leave data.prompt_records out"
-            )
+            raise InputError("prompts have no target to learn from; leave data.prompt_records to reinforcement")
         sample, batch = self._encoder.sample, self._encoder.encode_batch(batch)
         target = sample(batch.target, self.seed, "target", batch)
         references = batch.references

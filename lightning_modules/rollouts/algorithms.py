@@ -97,17 +97,22 @@ class RatioBased:
     window: Window = field(default_factory=Window)
 
     def __post_init__(self) -> None:
-        if self.stochastic().unit != self.unit:
+        if self.steps.unit != self.unit:
             raise InputError(
                 f"{type(self).__name__}: its limits are in the unit {self.unit!r}, and {self.sampler!r} has "
-                f"log-probabilities in {self.stochastic().unit!r}; choose limits for that unit and name it, or another "
+                f"log-probabilities in {self.steps.unit!r}; choose limits for that unit and name it, or another "
                 "sampler"
             )
 
-    def stochastic(self) -> Stochastic:
+    @property
+    def steps(self) -> Stochastic:
         """The sampler."""
         kind = SAMPLERS[self.sampler]
         return kind() if self.noise is None else kind(self.noise)
+
+    def stochastic(self) -> Stochastic | None:  # annotated as in the protocol: configs are checked against it
+        """The sampler."""
+        return self.steps
 
     def window_at(self, u: float) -> tuple[int, int]:
         """One window for all groups of an update."""
@@ -126,7 +131,7 @@ class RatioBased:
 
     def compare(self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout) -> Comparison:
         """The step that was taken, under both velocities."""
-        t, i, sampler = rollout.trajectory, point.step, self.stochastic()
+        t, i, sampler = rollout.trajectory, point.step, self.steps
         log_prob, mean, c = sde.replay(v, t, sampler, i)
         old, old_mean, _ = sde.replay(v_old, t, sampler, i)
         return Comparison(log_prob, log_prob - old, mean, old_mean, c, t.sigmas[i].item() - t.sigmas[i + 1].item())

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import StableDiffusion3Pipeline
+from jsonargparse import ArgumentParser
 from micro import Brightness, micro_folder
 from rl import SAMPLING, made, prompts, trained, watched
 from torch import Tensor
@@ -25,7 +26,7 @@ from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.reinforce import PATIENCE, ReinforceModule
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted
-from lightning_modules.rollouts.algorithms import AWM, GRPO, DiffusionNFT, FlowDPPO, GRPOGuard, Window
+from lightning_modules.rollouts.algorithms import AWM, GRPO, Algorithm, DiffusionNFT, FlowDPPO, GRPOGuard, Window
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
@@ -350,6 +351,15 @@ def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path)
     wanted = (error.square().mean(1) / error.abs().mean(1)) * point.sigma  # |x0(v) - x0| = sigma |v - target|
     assert torch.allclose(loss / 5, wanted, rtol=1e-4)
     assert flow_matching(v, target, torch.ones(len(v))).item() > 0
+
+
+@pytest.mark.parametrize("name", ["GRPO", "FlowDPPO", "GRPOGuard", "DiffusionNFT", "AWM"])
+def test_a_config_can_name_every_algorithm(name: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--algorithm", type=Algorithm)
+    path = f"lightning_modules.rollouts.algorithms.{name}"
+    found = parser.instantiate_classes(parser.parse_object({"algorithm": {"class_path": path}}))
+    assert type(found.algorithm).__name__ == name and isinstance(found.algorithm, Algorithm)
 
 
 @pytest.mark.parametrize(
