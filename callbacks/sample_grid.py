@@ -117,7 +117,9 @@ class SampleGrid(Callback):
             generator=generator(self.seed, f"sample_grid {batch.task}", 0, 0),
             output_type="pil",
         ).images
-        rows = zip(batch.prompts, references, batch.target, outputs, strict=True)
+        blank = torch.ones(len(batch), 3, *batch.target.shape[-2:])
+        targets = batch.target if batch.has_targets else blank
+        rows = zip(batch.prompts, references, targets, outputs, strict=True)
         return [GridRow(prompt, sources, to_pil(target), output) for prompt, sources, target, output in rows]
 
 

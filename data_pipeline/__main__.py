@@ -65,6 +65,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     encode.add_argument("--pretrained", required=True, help="checkpoint folder of the encoders")
     encode.add_argument("--image_size", required=True, type=int, help="pixels of the longer side")
     encode.add_argument("--size_multiple", type=int, default=32, help="both sides are multiples of it")
+    encode.add_argument("--no_upscale", dest="upscale", action="store_false", help="for runs with data.upscale false")
     encode.add_argument("--mirrored", action="store_true", help="for runs with augmentation.flip")
     encode.add_argument("--latents", default=f"{ENCODERS}.LatentEncoder", help='class of the pictures\' encoder, or ""')
     encode.add_argument("--texts", default=f"{ENCODERS}.TextEncoder", help='class of the texts\' encoder, or ""')

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 References = Tensor | list[list[Tensor]] | None
-TASKS = {"text_image": "text_to_image", "edit": "edit"}  # the task that trains on a kind of record
+TASKS = ("text_to_image", "edit")
 
 
 @dataclass
@@ -23,7 +23,8 @@ class ImageBatch:
         sample_ids: (B,) int64, stable numbers of the records, for draws.
         epochs: (B,) int64, how often each record's set was passed before, for draws.
         prompts: B captions or instructions.
-        target: (B, 3, H, W) fp32 in [-1, 1]; posterior moments (B, 2C, h, w) if `encoded`.
+        target: (B, 3, H, W) fp32 in [-1, 1]; posterior moments (B, 2C, h, w) if `encoded`. Prompts have none: then
+            (B, 0, H, W), which says how large a picture is to be made.
         references: None, (B, R, 3, h, w) where all samples have equal ones, or per sample a list of (3, h, w); in
             [-1, 1], moments instead of pixels if `encoded`.
         encoded: whether target and references are autoencoder moments.
@@ -51,6 +52,11 @@ class ImageBatch:
     def task(self) -> str:
         """The task of all samples, or "mixed"."""
         return self.tasks[0] if len(set(self.tasks)) == 1 else "mixed"
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the samples have targets."""
+        return self.target.shape[1] > 0
 
     def map_pictures(self, change: Callable[[Tensor], Tensor], **changes: Any) -> ImageBatch:
         """The batch with target and references changed, each a tensor or a list of lists of them as before."""

@@ -49,11 +49,13 @@ class SceneShards:
     count_text_image: int = 8192
     count_edit: int = 16384
     seed: int = 0
+    tasks: dict[str, float] | None = None  # share of each GenEval task among the captions
+    name: str = ""  # of the set; "" sorts them into the usual ones
     root: str = "data/scenes"
 
     def recipe(self) -> Recipe:
         """The recipe that builds them."""
-        return Recipe(Scenes(self.level, self.count_text_image, self.count_edit, self.seed))
+        return Recipe(Scenes(self.level, self.count_text_image, self.count_edit, self.seed, self.tasks))
 
     def folder(self) -> Path:
         """Where they lie: a name for each recipe, each version of the code that draws scenes, and of an index."""
@@ -61,6 +63,15 @@ class SceneShards:
         for file in sorted(Path(scenes.__file__).parent.rglob("*.py")):
             digest.update(file.read_bytes())
         return Path(self.root) / f"level{self.level}-{digest.hexdigest()[:12]}"
+
+    def build(self) -> None:
+        """Builds them where they are missing."""
+        folder = self.folder()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                logger.info("building scene shards in %s", folder)
+                self.recipe().build(folder)
 
 
 @dataclass
@@ -82,13 +93,14 @@ class ShardDataModule(L.LightningDataModule):
     Args:
         shards: folders of shards, whose records fall into the sets "text_to_image", "edit", "multi_reference" and
             "multi_turn"; or folders by the names of sets of one's own.
-        scenes: scene shards to build where missing, and to train on.
+        scenes: scene shards to build where missing, and to train on; one or several.
         ratio: batches of each set in a cycle. By default each set in turn.
         mixing: "alternate": a batch is of one set; "mixed": of all that have its target's shape, by ratio.
         batch_size: samples a batch and rank.
         batch_tokens: instead of `batch_size`, areas of size_multiple x size_multiple pixels, references included.
         image_size: pixels of the longer side; or by the optimiser step that a size begins at: {0: 256, 20000: 512}.
         size_multiple: both sides are multiples of it: autoencoder factor x patch size, 32 as released.
+        upscale: enlarge pictures that are smaller than `image_size`; false keeps their own size, in its own bucket.
         num_workers: processes that decode; 0 decodes in a thread of this one.
         seed: of the order.
         steps: batches of the whole run: optimiser steps x accumulation.
@@ -99,18 +111,21 @@ class ShardDataModule(L.LightningDataModule):
         verify: when the hash of each file that is read is compared with the index.
         index_root: where indexes sorted for training are kept.
         remote_copies: where what was read of shards behind URLs is kept, and how much; None keeps nothing.
+        prompt_records: serve prompts too, which have no target, as sets "prompt" and "edit_prompt": reinforcement
+            samples from them.
     """
 
     def __init__(
         self,
         shards: list[str] | dict[str, list[str]] | None = None,
-        scenes: SceneShards | None = None,
+        scenes: SceneShards | list[SceneShards] | None = None,
         ratio: dict[str, float] | None = None,
         mixing: Literal["alternate", "mixed"] = "alternate",
         batch_size: int = 32,
         batch_tokens: int | None = None,
         image_size: int | dict[int, int] = 64,
         size_multiple: int = 32,
+        upscale: bool = True,
         num_workers: int = 0,
         seed: int = 0,
         steps: int = 1000,
@@ -121,6 +136,7 @@ class ShardDataModule(L.LightningDataModule):
         verify: Verify = "first_epoch",
         index_root: str = "data/index",
         remote_copies: LocalCopies | None = None,
+        prompt_records: bool = False,
     ) -> None:
         super().__init__()
         self.sizes = dict(sorted(image_size.items())) if isinstance(image_size, dict) else {0: image_size}
@@ -128,19 +144,22 @@ class ShardDataModule(L.LightningDataModule):
             check_size(size, size_multiple)
         if 0 not in self.sizes:
             raise InputError(f"image_size begins at step {min(self.sizes, default=None)}; expected a size for step 0")
-        if not shards and scenes is None:
+        if not shards and not scenes:
             raise InputError("there is no data: set data.shards to folders of shards, or data.scenes")
         options.check_least(1, batch_size=batch_size, batch_tokens=batch_tokens, steps=steps)
         options.check_least(0, num_workers=num_workers, val_batches=val_batches)
         options.check_held_out(val_fraction)
         options.check_ratio(ratio)
+        if prompt_records and mixing == "mixed":
+            raise InputError('data.mixing is "mixed", but prompts have no targets to be mixed with; use "alternate"')
         self.shards = shards if isinstance(shards, dict) else {"": shards or []}
-        self.scenes, self.ratio, self.mixing = scenes, ratio, mixing
+        self.scenes = scenes if isinstance(scenes, list) else [scenes] if scenes else []
+        self.ratio, self.mixing, self.upscale = ratio, mixing, upscale
         self.batch_size, self.batch_tokens, self.size_multiple = batch_size, batch_tokens, size_multiple
         self.num_workers, self.seed, self.steps, self.verify = num_workers, seed, steps, verify
         self.val_fraction, self.val_batches, self.cache = val_fraction, val_batches, cache
         self.augmentation, self.index_root = augmentation, Path(index_root)
-        self.remote_copies = remote_copies
+        self.remote_copies, self.prompt_records = remote_copies, prompt_records
         self.indexes: list[ServingIndex] = []
         self.consumed: list[Plan] = []
         self._store: FeatureStore | None = None
@@ -148,13 +167,8 @@ class ShardDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Builds what is missing: scene shards, the sorted indexes and, where asked for, the cache (rank 0)."""
-        if self.scenes is not None:
-            folder = self.scenes.folder()
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_suffix(".lock")):
-                if not folder.exists():
-                    logger.info("building scene shards in %s", folder)
-                    self.scenes.recipe().build(folder)
+        for shards in self.scenes:
+            shards.build()
         self._load()
         if self.cache is not None and self.cache.fill != "lazy":
             self._fill(FeatureStore(self.cache.folder, self._encoder().fingerprint), self.cache.fill == "ahead")
@@ -188,17 +202,18 @@ class ShardDataModule(L.LightningDataModule):
         if self.indexes:
             return
         folders = {name: list(many) for name, many in self.shards.items()}
-        if self.scenes is not None:
-            folders.setdefault("", []).append(str(self.scenes.folder()))
+        for shards in self.scenes:
+            folders.setdefault(shards.name, []).append(str(shards.folder()))
         options.check_once(folders)
         for size in self.sizes.values():
-            rule = Rule(size, self.size_multiple, self.val_fraction)
+            rule = Rule(size, self.size_multiple, self.val_fraction, self.upscale, self.prompt_records)
             self.indexes.append(ServingIndex(serving.build(self.index_root, folders, rule)))
         streams = self.indexes[0].streams["train"]
         if not streams:
             raise InputError(
                 f"no record of {', '.join(f for many in folders.values() for f in many)} can be trained on here; "
-                f"expected records of text-image pairs or edits{options.selected(folders)}"
+                f"expected records of text-image pairs or edits{options.selected(folders)}; prompts are for "
+                "reinforcement, with data.prompt_records"
             )
         sets = sorted({name for name, _ in streams})
         self.ratio = self.ratio or dict.fromkeys(sets, 1)

@@ -56,9 +56,10 @@ class Augmentation:
 
 
 def sized(record: IndexedRecord, bucket: Bucket) -> list[tuple[str, Size]]:
-    """Names of a record's pictures, the target and then its references in order, and the sizes they are trained at."""
-    names = ["image" if "image" in record.members else "target", *(f"source{i}" for i in range(len(bucket) - 1))]
-    return list(zip(names, bucket, strict=True))
+    """Names of a record's pictures, the target, if any, and its references in order, and the sizes of training."""
+    targets = [name for name in ("image", "target") if name in record.members]
+    names = [*targets, *(f"source{i}" for i in range(len(bucket) - 1))]
+    return list(zip(names, bucket[1 - len(targets) :], strict=True))
 
 
 def content_name(record: IndexedRecord, name: str, size: Size, mirrored: bool) -> str:
@@ -125,14 +126,18 @@ class PlannedDataset(Dataset[ImageBatch]):
                 [load_pixels(record, *each, mirror, check) for each in sized(record, bucket)]
                 for record, bucket, mirror, check in zip(records, buckets, mirrored, checked, strict=True)
             ]
+        if records[0].kind == "prompt":  # a batch has prompts alone, or none
+            target = torch.empty(len(records), 0, *planned.shape)
+        else:
+            target = torch.stack([row.pop(0) for row in pictures])
         return ImageBatch(
             tasks=[index.tasks[draw.stream[0]] for draw in draws],
             keys=[record.key for record in records],
             sample_ids=torch.tensor([record.sample_id for record in records]),
             epochs=torch.tensor([draw.epoch for draw in draws]),
             prompts=prompts,
-            target=torch.stack([row[0] for row in pictures]),
-            references=collate_references([row[1:] for row in pictures]),
+            target=target,
+            references=collate_references(pictures),
             encoded=encoded,
             contents=contents,
             phase=planned.phase,

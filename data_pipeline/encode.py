@@ -32,7 +32,7 @@ class Encoding:
         output: folder of the cache: `data.cache.folder` and `model.text_cache` of a run.
         pretrained: checkpoint folder of the encoders.
         latents, texts: class paths with `from_pretrained(folder)`; "" leaves out pictures or texts.
-        image_size, size_multiple: as the run has them.
+        image_size, size_multiple, upscale: as the run has them.
         mirrored: encode pictures mirrored too, for runs with `augmentation.flip`.
         index_root: as the run has it.
         device: what encodes; "auto" is a GPU where there is one.
@@ -48,6 +48,7 @@ class Encoding:
     mirrored: bool
     index_root: Path
     device: str = "auto"
+    upscale: bool = True
 
     def run(self) -> str:
         """Encodes what is not there yet, and says how much that was."""
@@ -57,9 +58,8 @@ class Encoding:
             raise InputError('--latents and --texts are both ""; give one of them, or nothing would be encoded')
         if not Path(self.pretrained).is_dir():
             raise InputError(f"--pretrained {self.pretrained} is no folder; give the checkpoint folder of the encoders")
-        index = ServingIndex(
-            serving.build(self.index_root, {"": self.shards}, Rule(self.image_size, self.size_multiple))
-        )
+        rule = Rule(self.image_size, self.size_multiple, upscale=self.upscale)
+        index = ServingIndex(serving.build(self.index_root, {"": self.shards}, rule))
         pictures = sum(index.pictures(part) for part in index.streams) * (1 + self.mirrored)
         count = sum(sum(streams.values()) for streams in index.streams.values())
         wanted: dict[str, tuple[int, Callable[[], Iterator[tuple[str, Callable[[], Any]]]]]] = {

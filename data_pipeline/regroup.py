@@ -14,13 +14,19 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline import parquet
-from data_pipeline.batches import TASKS
 from data_pipeline.errors import InputError
 from data_pipeline.index import place_of, shard_of
 from data_pipeline.plan import Bucket
 from data_pipeline.transforms import fit_sizes
 
-SETS = ("text_to_image", "edit", "multi_reference", "multi_turn")  # what the records of one folder fall into
+SETS = {  # what the records of one folder fall into: kind of the records, and task
+    "text_to_image": ("text_image", "text_to_image"),
+    "edit": ("edit", "edit"),
+    "multi_reference": ("edit", "edit"),
+    "multi_turn": ("edit", "edit"),
+    "prompt": ("prompt", "text_to_image"),
+    "edit_prompt": ("prompt", "edit"),
+}
 COLUMNS = ["key", "kind", "split", "sample_id", "turn", "field", "extension", "offset", "size", "width", "height"]
 COLUMNS += ["sha256", "xxh3"]
 NUMBERS = ["sample_id", "offset", "size", "width", "height", "xxh3"]
@@ -38,11 +44,20 @@ class Rule:
         image_size: pixels of the longer side.
         multiple: both sides are multiples of it.
         val_fraction: share of records without a split of their own that is held out, chosen by their ids.
+        upscale: whether pictures whose longer side is smaller are enlarged.
+        prompts: whether prompts, which have no target, are served too.
     """
 
     image_size: int
     multiple: int
     val_fraction: float = 0.02
+    upscale: bool = True
+    prompts: bool = False
+
+    @property
+    def kinds(self) -> list[str]:
+        """The records that are served."""
+        return ["text_image", "edit", "prompt"] if self.prompts else ["text_image", "edit"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ def regroup(path: Path, rule: Rule, kept: np.ndarray | None, output: Path) -> Pa
     record = numbered(table["key"])
     role = roles(table["field"])
     first = np.flatnonzero(np.diff(record, prepend=-1))
-    trained = np.isin(strings(table["kind"])[first], list(TASKS))
+    trained = np.isin(strings(table["kind"])[first], rule.kinds)
     if kept is not None:
         trained &= among(table["sample_id"].to_numpy()[first], kept)
     rows = np.flatnonzero((role < UNUSED) & trained[record])
@@ -161,31 +176,38 @@ def lengths(record: np.ndarray) -> np.ndarray:
 
 
 def signature(table: pa.Table, rows: np.ndarray, record: np.ndarray, role: np.ndarray, rule: Rule) -> np.ndarray:
-    """Of each record: whether it is held out, the number of its set, then height and width of target and references."""
+    """Of each record: whether it is held out, the number of its set, then height and width of target and references.
+
+    A prompt's target is made at the size of the first picture to edit, where there is none as a square.
+    """
     first = np.flatnonzero(np.diff(record, prepend=-1))
     local = np.cumsum(np.diff(record, prepend=-1) != 0) - 1
     picture = role < TEXT
+    kinds = strings(table["kind"].take(pa.array(rows[first])))
+    prompt = kinds == "prompt"
     width, height = (table[name].to_numpy()[rows] for name in ("width", "height"))
-    sizes = fit_sizes(np.stack([height[picture], width[picture]], 1), rule.image_size, rule.multiple)
-    references = np.bincount(local[picture], minlength=len(first)) - 1
-    if (role[first] != 0).any() or (lengths(record) != references + 2).any():
+    sizes = fit_sizes(np.stack([height[picture], width[picture]], 1), rule.image_size, rule.multiple, rule.upscale)
+    references = np.bincount(local[picture & (role > 0)], minlength=len(first))
+    targets = np.bincount(local[role == 0], minlength=len(first))
+    if (targets == prompt).any() or (lengths(record) != targets + references + 1).any():
         raise InputError("the index has a record without its target, a reference or its text; build or index it again")
-    shapes = np.zeros((len(first), 1 + references.max(initial=0), 2), dtype=np.int64)
+    shapes = np.zeros((len(first), 1 + references.max(initial=1), 2), dtype=np.int64)
     shapes[local[picture], role[picture]] = sizes
+    shapes[prompt, 0] = np.where(references[prompt, None] > 0, shapes[prompt, 1], rule.image_size)
     one = references == 1
     shapes[one, 1:2] = shapes[one, :1]  # one reference takes the target's size, as released
     ids, splits = table["sample_id"].to_numpy()[rows][first], strings(table["split"].take(pa.array(rows[first])))
     held_out = np.where(splits == "", ids % 10_000 < rule.val_fraction * 10_000, splits == "val")
     turns = np.asarray(table["turn"].is_valid())[rows][first]
-    edited = strings(table["kind"].take(pa.array(rows[first]))) == "edit"
-    sets = np.where(~edited, 0, np.where(turns, 3, np.where(references > 1, 2, 1)))
+    edits = np.where(turns, 3, np.where(references > 1, 2, 1))
+    sets = np.where(prompt, 4 + (references > 0), np.where(kinds == "edit", edits, 0))
     return np.column_stack([held_out.astype(np.int64), sets, shapes.reshape(len(first), 2 * shapes.shape[1])])
 
 
 def signed(row: list[int]) -> Group:
     """A signature as part, set and bucket."""
     sizes = tuple((row[i], row[i + 1]) for i in range(2, len(row), 2) if row[i])
-    return ("val" if row[0] else "train"), SETS[row[1]], sizes
+    return ("val" if row[0] else "train"), list(SETS)[row[1]], sizes
 
 
 def ends(table: pa.Table) -> int:

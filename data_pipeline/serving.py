@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from data_pipeline.batches import TASKS
 from data_pipeline.errors import InputError
 from data_pipeline.index import KEEP, SUFFIX, IndexedRecord, Member, kept_ids, location, named, shard_at, sidecars
 from data_pipeline.plan import Bucket, Stream
 from data_pipeline.progress import progress
-from data_pipeline.regroup import Group, Part, Rule, name_of_role, regroup
+from data_pipeline.regroup import SETS, Group, Part, Rule, name_of_role, regroup
 from data_pipeline.shards import atomic_save, atomic_write
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ def merge(output: Path, parts: Sequence[tuple[str, Part]]) -> None:
     counts = Counter[Column]()
     for name, part in parts:
         counts.update({(name, group): count for group, count in part.groups.items()})
-    sizes = [counts[column] * rows_each(column[1][2]) for column in sorted(counts)]
+    sizes = [counts[column] * rows_each(*column[1][1:]) for column in sorted(counts)]
     first = dict(zip(sorted(counts), accumulate(sizes, initial=0), strict=False))
     free = dict(first)
     output.mkdir(exist_ok=True)
@@ -112,7 +111,7 @@ def merge(output: Path, parts: Sequence[tuple[str, Part]]) -> None:
         array, done = np.load(part.rows, allow_pickle=False), 0
         array["shard"] = shard
         for group, count in part.groups.items():
-            at, size = free[name, group], count * rows_each(group[2])
+            at, size = free[name, group], count * rows_each(*group[1:])
             rows[at : at + size] = array[done : done + size]
             free[name, group], done = at + size, done + size
     rows.flush()
@@ -151,9 +150,9 @@ def mapped_array(path: Path) -> np.ndarray:
     return array
 
 
-def rows_each(bucket: Bucket) -> int:
-    """Rows of a record: target, references and text."""
-    return len(bucket) + 1
+def rows_each(set_name: str, bucket: Bucket) -> int:
+    """Rows of a record: target (prompts have none), references and text."""
+    return len(bucket) + (SETS[set_name][0] != "prompt")
 
 
 class ServingIndex:
@@ -169,7 +168,7 @@ class ServingIndex:
         index = json.loads((folder / "index.json").read_text())
         self.folder, self.content = folder, index["content"]
         self._rows, self._shards = (mapped_array(folder / name) for name in ("rows.npy", "shards.npy"))
-        self._columns: dict[tuple[str, Stream], tuple[str, int]] = {}
+        self._columns: dict[tuple[str, Stream], tuple[str, int]] = {}  # set by its records, first row
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
         self.tasks: dict[str, str] = {}
         kinds: dict[str, set[str]] = {}
@@ -184,17 +183,17 @@ class ServingIndex:
                     f"two sets of data.shards are called {set_name}: one of your own, and one of records that name "
                     "their set themselves (of scenes too); give yours another name"
                 )
-            self._columns[part, stream] = "text_image" if kind == "text_to_image" else "edit", first
+            self._columns[part, stream] = kind, first
             self.streams[part][stream] = count
-            self.tasks[set_name] = TASKS[self._columns[part, stream][0]]
+            self.tasks[set_name] = SETS[kind][1]
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return ServingIndex, (self.folder,)  # another process maps the files itself
 
     def pictures(self, part: str, sets: Container[str] | None = None) -> int:
         """How many pictures the records of a part and of these sets (None: of all) have."""
-        streams = self.streams[part].items()
-        return sum(len(bucket) * count for (name, bucket), count in streams if sets is None or name in sets)
+        chosen = {stream: n for stream, n in self.streams[part].items() if sets is None or stream[0] in sets}
+        return sum((rows_each(self._columns[part, stream][0], stream[1]) - 1) * n for stream, n in chosen.items())
 
     def records(self, part: str, sets: Container[str] | None = None) -> Iterator[tuple[Bucket, IndexedRecord]]:
         """All records of a part and of these sets (None: of all), with their buckets, stream by stream."""
@@ -204,8 +203,8 @@ class ServingIndex:
 
     def record(self, part: str, stream: Stream, number: int) -> IndexedRecord:
         """One record of a stream, in the order of folders and shards."""
-        kind, first = self._columns[part, stream]
-        each = rows_each(stream[1])
+        set_name, first = self._columns[part, stream]
+        kind, each = SETS[set_name][0], rows_each(set_name, stream[1])
         rows = self._rows[first + number * each : first + (number + 1) * each].tolist()
         key, _, _, shard, _, sample_id, *_ = rows[0]
         where, size, tag, place = self._shards[shard].tolist()

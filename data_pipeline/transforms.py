@@ -28,9 +28,10 @@ def fit_size(height: int, width: int, image_size: int, multiple: int) -> Size:
     return fitted_height, fitted_width
 
 
-def fit_sizes(sizes: np.ndarray, image_size: int, multiple: int) -> np.ndarray:
-    """`fit_size` of many pictures, (N, 2) to (N, 2)."""
-    fitted = np.rint(sizes * (image_size / sizes.max(1, keepdims=True, initial=1)) / multiple)
+def fit_sizes(sizes: np.ndarray, image_size: int, multiple: int, upscale: bool = True) -> np.ndarray:
+    """`fit_size` of many pictures, (N, 2) to (N, 2); without `upscale`, smaller ones keep their size, rounded."""
+    longer = sizes.max(1, keepdims=True, initial=1 if upscale else image_size)
+    fitted = np.rint(sizes * (image_size / longer) / multiple)
     return np.maximum(1, fitted).astype(np.int64) * multiple
 
 

@@ -22,10 +22,9 @@ from data_pipeline.counters import counter_seed, draw
 from data_pipeline.errors import InputError
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
-from lightning_modules.networks.autoencoder import sample_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.kontext_transformer import load_frozen
-from lightning_modules.networks.loading import compare_shapes
+from lightning_modules.networks.loading import check_state
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
@@ -158,7 +157,7 @@ class DistillModule(L.LightningModule):
         if not isinstance(batch.references, Tensor):
             raise InputError("the samples of a batch must have equally many pictures to edit, of one size")
         moments = batch.references.unbind(1)
-        samples = [self.posterior(each, f"reference {r}", batch) for r, each in enumerate(moments)]
+        samples = [self._encoder.sample(each, self.seed, f"reference {r}", batch) for r, each in enumerate(moments)]
         return Policy(self.transformer, sequence, pooled, torch.stack(samples, dim=1))
 
     @torch.no_grad()
@@ -178,7 +177,9 @@ class DistillModule(L.LightningModule):
     @torch.no_grad()
     def data_states(self, batch: ImageBatch) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
         """Noisy latents of the targets."""
-        x0 = self.posterior(batch.target, "target", batch)
+        if not batch.has_targets:
+            raise InputError('these prompts have no targets, of which states of "data" are made; use source: student')
+        x0 = self._encoder.sample(batch.target, self.seed, "target", batch)
         noise = self.draw(torch.randn, tuple(x0.shape[1:]), "noise", batch)
         sigma = timesteps.shift(self.draw(torch.rand, (), "sigma", batch), self.states.shift)
         return path.interpolate(x0, noise, sigma), sigma
@@ -190,16 +191,13 @@ class DistillModule(L.LightningModule):
         sigmas = timesteps.schedule(steps, config.shift, config.num_train_timesteps)
         counters = int(batch.epochs[0]), int(batch.sample_ids[0])
         taken = counter_seed(self.seed, "state", *counters) % steps
-        x = self.draw(torch.randn, (self.transformer.config.in_channels, *batch.target.shape[2:]), "start", batch)
+        factor = 1 if batch.has_targets else self._pipeline.vae_scale_factor  # prompts say pixels
+        height, width = (side // factor for side in batch.target.shape[2:])
+        x = self.draw(torch.randn, (self.transformer.config.in_channels, height, width), "start", batch)
         if taken:
             self.evaluations += taken * len(batch)
             x = ode.euler(student, x, sigmas[: taken + 1])
         return x, sigmas[taken].expand(len(batch)).to(self.device)
-
-    def posterior(self, moments: Float[Tensor, "b c2 h w"], name: str, batch: ImageBatch) -> Float[Tensor, "b c h w"]:
-        """Latents, with noise of each sample and epoch."""
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        return sample_latents(self._pipeline.vae, moments, self.draw(torch.randn, shape, f"posterior {name}", batch))
 
     def draw(self, sampler: Any, shape: tuple[int, ...], purpose: str, batch: ImageBatch) -> Float[Tensor, "b ..."]:
         """One draw a sample, a function of (seed, purpose, epoch, sample id) alone."""
@@ -226,8 +224,7 @@ class DistillModule(L.LightningModule):
         checkpoint["evaluations"] = self.evaluations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = ({n: tuple(t.shape) for n, t in state.items()} for state in (self.state_dict(), checkpoint["state_dict"]))
-        compare_shapes(Path(self.pretrained), *own)
+        check_state(Path(self.pretrained), self.state_dict(), checkpoint["state_dict"])
         self.evaluations = checkpoint["evaluations"]
 
     def configure_optimizers(self) -> Any:

@@ -34,6 +34,7 @@ from lightning_modules.networks.loading import CheckpointError
 
 PRETRAINED = "model.init_args.pretrained"
 PREVIOUS = "previous"
+LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Link:
         set: values by dotted name.
         callbacks: settings by the names of callbacks; null leaves one out, and one that the config lacks comes first.
         take: what takes the export of an earlier link of the chain, by dotted name; "previous" is the link before.
+        build: folders of shards that the run needs, with the recipes that build them.
         seed: instead of the experiment's: the run is the same for all seeds.
         in_place: the run is the one that `fit -c CONFIG` makes for everyone, with nothing changed in it.
         minutes: what it is expected to take, for the plan.
@@ -54,6 +56,7 @@ class Link:
     set: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     take: dict[str, str] = field(default_factory=lambda: {PRETRAINED: PREVIOUS})
+    build: dict[str, Path] = field(default_factory=dict)
     seed: int | None = None
     in_place: bool = False
     minutes: float = 0.0
@@ -119,19 +122,27 @@ class Run:
 
     def fit(self) -> None:
         """Runs it to its end; what it prints goes to log.txt in its folder."""
-        arguments = [sys.executable, "-m", "lightning_modules.cli", "fit", "-c", str(self.config)]
-        log = RUNS / self.name / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        fit = ["lightning_modules.cli", "fit", "-c", str(self.config)]
         if not self.link.in_place:
             text = yaml.safe_dump(self.content, sort_keys=False, width=120)
-            write(self.config, f"# python {' '.join(arguments[1:])}\n{text}")
+            write(self.config, f"# python -m {' '.join(fit)}\n{text}")
+        for folder, recipe in self.link.build.items():
+            self.call(["data_pipeline", "build", "-c", str(recipe), "--output", folder])
+        self.call([*fit, "--resume"] if self.resumable else fit)
+        if not self.finished:
+            raise InputError(f"{self.name} wrote no {SUMMARY}; see {RUNS / self.name / LOG}")
+
+    def call(self, module: Sequence[str]) -> None:
+        """One command as a process of its own."""
+        log = RUNS / self.name / LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
-            code = subprocess.run(
-                [*arguments, *(["--resume"] if self.resumable else [])], stdout=file, stderr=subprocess.STDOUT
-            ).returncode
-        if code or not self.finished:
+            code = subprocess.run([sys.executable, "-m", *module], stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
             last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-            raise InputError(f"{self.name} ended with status {code} and no summary: {''.join(last)} (all of it: {log})")
+            raise InputError(
+                f"{self.name}: {' '.join(module[:2])} ended with status {code}: {''.join(last)} (see {log})"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,7 +207,8 @@ def chain(experiment: Experiment, name: str, arm: str, seed: int) -> Iterator[Ru
             made = Run(link, run_name(link.config), link.config, {})
         else:
             content = effective(experiment.set, link, seed, earlier)
-            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+            decides = [content, sorted({str(run.version) for run in earlier.values()})]
+            digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
             own = f"experiments/{name}/{link_name}/seed_{content['seed_everything']}-{digest}"
             made = Run(link, own, RUNS / "configs" / f"{own}.yaml", content)
         yield made

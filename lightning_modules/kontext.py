@@ -19,10 +19,9 @@ from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
-from lightning_modules.networks.autoencoder import sample_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.flops import forward_flops
-from lightning_modules.networks.loading import compare_shapes
+from lightning_modules.networks.loading import check_state
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
@@ -68,9 +67,9 @@ class Dropout:
 
 def check_tasks(name: str, by_task: Mapping[str, float]) -> None:
     """Refuses names that are no task: a misspelt one would be as if it were not there."""
-    unknown = sorted(set(by_task) - set(TASKS.values()))
+    unknown = sorted(set(by_task) - set(TASKS))
     if unknown:
-        raise InputError(f"{name} names {', '.join(unknown)}; the tasks are {', '.join(TASKS.values())}")
+        raise InputError(f"{name} names {', '.join(unknown)}; the tasks are {', '.join(TASKS)}")
 
 
 class KontextModule(L.LightningModule):
@@ -229,18 +228,20 @@ class KontextModule(L.LightningModule):
     def encode(self, batch: ImageBatch) -> tuple[Float[Tensor, "b c h w"], Any]:
         """Posterior samples of target and references (None, (B, C, h, w) for one each, or lists), as released."""
         assert self._encoder is not None
-        batch = self._encoder.encode_batch(batch)
-        target = self.sample_posterior(batch.target, "target", batch)
+        if not batch.has_targets:
+            raise InputError(
+                f"{batch.keys[0]} is a prompt, without a target to learn from; leave data.prompt_records out"
+            )
+        sample, batch = self._encoder.sample, self._encoder.encode_batch(batch)
+        target = sample(batch.target, self.seed, "target", batch)
         references = batch.references
         if references is None or self.reference_dropped(batch):
             return target, None
         if isinstance(references, Tensor):
-            samples = [
-                self.sample_posterior(references[:, r], f"reference {r}", batch) for r in range(references.shape[1])
-            ]
+            samples = [sample(each, self.seed, f"reference {r}", batch) for r, each in enumerate(references.unbind(1))]
             return target, samples[0] if len(samples) == 1 else [list(s) for s in torch.stack(samples, dim=1)]
         return target, [
-            [self.sample_posterior(image[None], f"reference {r}", batch.sample(i))[0] for r, image in enumerate(images)]
+            [sample(image[None], self.seed, f"reference {r}", batch.sample(i))[0] for r, image in enumerate(images)]
             for i, images in enumerate(references)
         ]
 
@@ -249,14 +250,6 @@ class KontextModule(L.LightningModule):
         if not self.training or not self.dropout.reference:
             return False
         return bool(self.draw(torch.rand, (), "reference dropout", batch)[0] < self.dropout.reference)
-
-    def sample_posterior(
-        self, moments: Float[Tensor, "b c2 h w"], purpose: str, batch: ImageBatch
-    ) -> Float[Tensor, "b c h w"]:
-        """Latents, with noise of each sample and epoch."""
-        assert self._pipeline is not None
-        noise = self.draw(torch.randn, (moments.shape[1] // 2, *moments.shape[2:]), f"posterior {purpose}", batch)
-        return sample_latents(self._pipeline.vae, moments, noise)
 
     @torch.no_grad()
     def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
@@ -309,10 +302,7 @@ class KontextModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names every weight that does not fit before any is copied."""
         self.evaluations = checkpoint.get("evaluations", 0)
-        shapes = [
-            {n: tuple(t.shape) for n, t in state.items()} for state in (self.state_dict(), checkpoint["state_dict"])
-        ]
-        compare_shapes(Path(self.pretrained), *shapes)
+        check_state(Path(self.pretrained), self.state_dict(), checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
         self._gradients = Gradients(p for _, p in self.trainable_parameters())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,10 @@ from lightning_modules.evaluation.pictures import dashboard
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
-from lightning_modules.networks.autoencoder import decode_latents, sample_latents
+from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.kontext_transformer import load_frozen
-from lightning_modules.networks.loading import compare_shapes
+from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
@@ -35,6 +37,7 @@ from lightning_modules.rewards.weighted import Weighted, of_task, score
 from lightning_modules.rollouts import collect
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
 from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased
+from lightning_modules.rollouts.arithmetic import resolve
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
@@ -42,7 +45,7 @@ from lightning_modules.samplers import path
 from lightning_modules.samplers.timesteps import schedule
 from lightning_modules.schedule import AdamW, adamw
 
-SUPERVISED = ("posterior target", "supervised noise")  # what is drawn for the supervised loss
+logger = logging.getLogger(__name__)
 PATIENCE = 50  # batches that teach nothing before a run is given up
 
 
@@ -65,6 +68,7 @@ class ReinforceModule(L.LightningModule):
         seed: the seed of every draw.
         max_sequence_length: T5 tokens of a prompt; None takes the folder's length.
         compile: compile the transformer's blocks, for sampling and training alike.
+        recompute: keep no activations of the blocks: less memory, for another forward pass in each backward pass.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class ReinforceModule(L.LightningModule):
         seed: int = 0,
         max_sequence_length: int | None = None,
         compile: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if regularisation.latent_kl > 0 and not isinstance(algorithm, RatioBased):
@@ -94,10 +99,11 @@ class ReinforceModule(L.LightningModule):
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
         self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length, self.recompute = max_sequence_length, recompute
+        self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
-        self.evaluations, self.pictures, self.idle = 0, 0, 0
+        self.evaluations, self.pictures, self.trained, self.idle = 0, 0, 0, 0
         self._pipeline: KontextPipeline | None = None
 
     def configure_model(self) -> None:
@@ -113,6 +119,8 @@ class ReinforceModule(L.LightningModule):
         self.transformer.requires_grad_(True).train()
         if self.lora is not None:
             add_lora(self.transformer, self.lora, self.seed)
+        if self.recompute:
+            self.transformer.enable_gradient_checkpointing()
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
@@ -122,9 +130,15 @@ class ReinforceModule(L.LightningModule):
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
 
     def on_fit_start(self) -> None:
-        """Embeds the prompts ahead where the data can name them."""
-        self.pipeline()
+        """Says what an update is made of, and embeds the prompts ahead where the data can name them."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        prompts = None if getattr(data, "batch_tokens", None) else getattr(data, "batch_size", None)
+        self.arithmetic = replace(self.arithmetic, devices=self.trainer.world_size, prompts=prompts)
+        if self.global_rank == 0:
+            logger.info(self.arithmetic.table())
+        self.pipeline()
+        self.snapshots.to(self.device)
+        self.waiting = [rollout.to(self.device) for rollout in self.waiting]
         if hasattr(data, "prompts"):
             self._prompts.fill(data.prompts())
 
@@ -151,8 +165,11 @@ class ReinforceModule(L.LightningModule):
                 "larger groups, or a reward that tells pictures apart"
             )
         self.waiting += found
-        if sum(len(rollout.keys) for rollout in self.waiting) >= self.sampling.groups:
-            self.improve(self.packed(), batch)
+        packed = self.packed()
+        # All devices learn together, from equally many batches.
+        count = int(self.trainer.strategy.reduce(torch.tensor(len(packed), device=self.device), reduce_op="min"))
+        if count >= self.arithmetic.micro_batches:
+            self.improve(packed[:count], batch)
             self.waiting = []
 
     @torch.no_grad()
@@ -160,11 +177,11 @@ class ReinforceModule(L.LightningModule):
         """Samples groups of each prompt, has them scored meanwhile, and keeps those that teach something."""
         size, rewards = self.sampling.micro_groups, of_task(self.rewards, batch.task)
         pending: list[tuple[Rollout, Future[dict[str, Tensor]]]] = []
-        with ThreadPoolExecutor(1) as pool, self.snapshots.using("old" if "old" in self.snapshots.copies else None):
+        with ThreadPoolExecutor(1) as pool, self.snapshots.using(self.regularisation.sampler):
             for start in range(0, len(batch), size):
                 part = batch.rows(start, start + size)
                 rollout = self.sample(part)
-                pictures = (decode_latents(self.pipeline().vae, rollout.trajectory.x0) / 2 + 0.5).clamp(0, 1)
+                pictures = (decode_latents(self._encoder.vae, rollout.trajectory.x0) / 2 + 0.5).clamp(0, 1)
                 for name, value in dashboard(pictures, self.sampling.group_size).items():
                     self.log(f"pictures/{batch.task}_{name}", value, batch_size=1)
                 pending.append((rollout, pool.submit(score, rewards, pictures, self.requests(part, rollout))))
@@ -175,7 +192,7 @@ class ReinforceModule(L.LightningModule):
         found, totals = [], []
         for rollout, scores in scored:
             shape = (len(rollout.keys), self.sampling.group_size)
-            rollout.rewards = {name: values.reshape(shape) for name, values in scores.items()}
+            rollout.rewards = {name: values.reshape(shape).to(self.device) for name, values in scores.items()}
             totals.append(weighted_sum(rollout.rewards, self.weights))
             useful = totals[-1].isfinite().all(dim=1) & self.advantages.useful(totals[-1].nan_to_num())
             if useful.any():
@@ -198,13 +215,14 @@ class ReinforceModule(L.LightningModule):
 
     def sample(self, batch: ImageBatch) -> Rollout:
         """One rollout of these prompts."""
-        settings, pipeline = self.sampling, self.pipeline()
+        settings, pipeline = self.sampling, self._pipeline
+        assert pipeline is not None
         sequence, pooled = self._prompts(batch.prompts)
         references = self.encode_references(batch)
         policy = Policy(self.transformer, sequence, pooled, references, settings.guidance_scale, self.negative())
         config = pipeline.scheduler.config
         sigmas = schedule(settings.num_inference_steps, config.shift, config.num_train_timesteps)
-        factor = 1 if batch.encoded else pipeline.vae_scale_factor
+        factor = 1 if batch.encoded and batch.has_targets else pipeline.vae_scale_factor
         height, width = (side // factor for side in batch.target.shape[-2:])
         trajectory = collect.sample(
             policy,
@@ -216,7 +234,7 @@ class ReinforceModule(L.LightningModule):
             self.algorithm.window_at(self.draw_uniform("window")),
             self.seed,
         )
-        self.count(settings.num_inference_steps * len(trajectory.x0))
+        self.evaluations += self.arithmetic.to_sample * len(trajectory.x0)
         self.pictures += len(trajectory.x0)
         metadata = batch.metadata or [{}] * len(batch)
         return Rollout(batch.task, batch.keys, batch.prompts, metadata, sequence, pooled, references, trajectory)
@@ -225,10 +243,6 @@ class ReinforceModule(L.LightningModule):
         """Embeddings of the negative branch, where there is one."""
         return None if self.sampling.guidance_scale == 1 else self._prompts([self.sampling.negative_prompt])
 
-    def count(self, forwards: int) -> None:
-        """Counts evaluations of the transformer, in units of one picture's forward pass."""
-        self.evaluations += forwards * (1 if self.sampling.guidance_scale == 1 else 2)
-
     def encode_references(self, batch: ImageBatch) -> Float[Tensor, "p r c h w"] | None:
         """Posterior samples of the pictures to edit."""
         references = self._encoder.encode_batch(batch).references
@@ -236,18 +250,14 @@ class ReinforceModule(L.LightningModule):
             return None
         if not isinstance(references, Tensor):
             raise InputError("the prompts of a batch must have equally many pictures to edit, of one size")
-        shape = (references.shape[2] // 2, *references.shape[3:])
-        samples = []
-        for r, moments in enumerate(references.unbind(1)):
-            noise = draw(torch.randn, shape, self.seed, f"posterior reference {r}", batch.epochs, batch.sample_ids)
-            samples.append(sample_latents(self.pipeline().vae, moments, noise.to(self.device)))
-        return torch.stack(samples, dim=1)
+        each = enumerate(references.unbind(1))
+        return torch.stack([self._encoder.sample(m, self.seed, f"reference {r}", batch) for r, m in each], dim=1)
 
     def requests(self, batch: ImageBatch, rollout: Rollout) -> list[Request]:
         """What each picture of a rollout was made from; pictures to edit as the transformer saw them."""
         sources: list[tuple[Tensor, ...]] = [()] * len(batch)
         if rollout.references is not None:
-            pixels = decode_latents(self.pipeline().vae, rollout.references.flatten(0, 1)) / 2 + 0.5
+            pixels = decode_latents(self._encoder.vae, rollout.references.flatten(0, 1)) / 2 + 0.5
             sources = [tuple(one) for one in pixels.clamp(0, 1).unflatten(0, rollout.references.shape[:2])]
         of_groups = map(Request, rollout.prompts, sources, rollout.metadata)
         return [request for request in of_groups for _ in range(self.sampling.group_size)]
@@ -255,8 +265,8 @@ class ReinforceModule(L.LightningModule):
     def packed(self) -> list[Rollout]:
         """What waits, in batches of the geometry it was sampled in; what does not fill one is left out."""
         size, found = self.sampling.micro_groups, []
-        for task in sorted({rollout.task for rollout in self.waiting}):
-            whole = Rollout.join([rollout for rollout in self.waiting if rollout.task == task])
+        for kind in sorted({rollout.kind for rollout in self.waiting}):
+            whole = Rollout.join([rollout for rollout in self.waiting if rollout.kind == kind])
             found += [whole.select(range(i, i + size)) for i in range(0, len(whole.keys) - size + 1, size)]
         return found
 
@@ -264,7 +274,8 @@ class ReinforceModule(L.LightningModule):
         """One update of the policy, from rollouts, and from a batch's targets where that is asked for."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        logs = [entry for i, rollout in enumerate(rollouts) for entry in self.learn(rollout, i, len(rollouts))]
+        first = self.global_rank * len(rollouts)  # no two devices draw alike
+        logs = [entry for i, rollout in enumerate(rollouts) for entry in self.learn(rollout, first + i, len(rollouts))]
         if self.regularisation.supervised > 0:
             loss = self.supervised_loss(batch)
             self.manual_backward(self.regularisation.supervised * loss)
@@ -279,6 +290,7 @@ class ReinforceModule(L.LightningModule):
             self.log(f"train/{name}", torch.stack([entry[name] for entry in logs]).mean(), batch_size=1)
         self.log("cost/evaluations", float(self.evaluations), batch_size=1)
         self.log("cost/per_picture", self.evaluations / self.pictures, batch_size=1)
+        self.log("cost/per_trained_picture", self.evaluations / self.trained, batch_size=1)
 
     def learn(self, rollout: Rollout, number: int, count: int) -> Iterator[dict[str, Tensor]]:
         """Adds the gradients of one rollout of `count`; yields what to log of each point."""
@@ -296,22 +308,23 @@ class ReinforceModule(L.LightningModule):
                 metrics[name] = divergence.detach().mean()
             self.manual_backward(losses.mean() / (count * len(points)))
             yield metrics
-        backward = 2 if self.lora is None else 1
-        self.count(len(points) * len(rollout) * (1 + backward + len(frozen)))
+        self.evaluations += self.arithmetic.to_train * len(rollout)
+        self.trained += len(rollout)
 
     def supervised_loss(self, batch: ImageBatch) -> Tensor:
         """Flow matching on the targets of a batch, at noise levels spread evenly."""
+        if not batch.has_targets:
+            raise InputError("regularisation.supervised learns from targets, and prompts have none; set it to 0")
         with torch.no_grad():
             batch = self._encoder.encode_batch(batch.to(self.device))
             sequence, pooled = self._prompts(batch.prompts)
             references = self.encode_references(batch)
-            shape = (batch.target.shape[1] // 2, *batch.target.shape[2:])
-            draws = [draw(torch.randn, shape, self.seed, name, batch.epochs, batch.sample_ids) for name in SUPERVISED]
-            posterior, noise = (each.to(self.device) for each in draws)
-            x0 = sample_latents(self.pipeline().vae, batch.target, posterior)
-            sigma = draw(torch.rand, (), self.seed, "supervised sigma", batch.epochs, batch.sample_ids).to(x0)
+            x0 = self._encoder.sample(batch.target, self.seed, "target", batch)
+            counters = batch.epochs, batch.sample_ids
+            noise = draw(torch.randn, tuple(x0.shape[1:]), self.seed, "supervised noise", *counters).to(x0)
+            sigma = draw(torch.rand, (), self.seed, "supervised sigma", *counters).to(x0)
         v = Policy(self.transformer, sequence, pooled, references)(path.interpolate(x0, noise, sigma), sigma)
-        self.count(len(batch) * (2 if self.lora else 3))
+        self.evaluations += self.arithmetic.to_supervise * len(batch)
         return flow_matching(v, path.velocity(x0, noise), torch.ones_like(sigma))
 
     @torch.no_grad()
@@ -349,16 +362,12 @@ class ReinforceModule(L.LightningModule):
         checkpoint["reinforce"] = {
             "copies": self.snapshots.copies,
             "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
-            "counts": (self.evaluations, self.pictures, self.idle),
+            "counts": (self.evaluations, self.pictures, self.trained, self.idle),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        shapes = [
-            {n: tuple(t.shape) for n, t in state.items()}
-            for state in (dict(self.trainable_parameters()), checkpoint["state_dict"])
-        ]
-        compare_shapes(Path(self.pretrained), *shapes)
+        check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
         saved = checkpoint["reinforce"]
         self.snapshots.copies = saved["copies"]
         self.waiting = [Rollout.of(facts, tensors) for facts, tensors in saved["waiting"]]
-        self.evaluations, self.pictures, self.idle = saved["counts"]
+        self.evaluations, self.pictures, self.trained, self.idle = saved["counts"]

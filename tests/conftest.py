@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import golden as golden_values
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden/*.json anew")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> partial[None]:
+    """golden(name, values) compares values with those of golden/<name>.json."""
+    return partial(golden_values.check, rewrite=request.config.getoption("--rewrite-golden"))

@@ -1,24 +1,78 @@
-"""Every run's config: headed by its command, complete, and two steps of it at micro size."""
+"""Every run's config: headed by its command, complete, and two steps of it at micro size; full-size ones are made."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from lightning import LightningDataModule, LightningModule
 from micro import micro_config
+
+from lightning_modules.cli import CLI
+from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks.adapters import add_lora
+from lightning_modules.reinforce import ReinforceModule
+from lightning_modules.rollouts.arithmetic import Arithmetic
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FULL_SIZE = sorted((ROOT / "configs" / "sd35m").glob("*.yaml"))
+PAPER = [ROOT / "configs" / "pdtr_paper.yaml", ROOT / "configs" / "sd35m" / "pdtr_paper.yaml"]
+SD35M = {
+    "sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "in_channels": 16,
+    "out_channels": 16, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def instantiated(path: Path) -> CLI:
+    """What a config makes, on one CPU, before anything is loaded."""
+    here = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"}
+    argv = ["--config", str(path), *(f"--trainer.{name}={value}" for name, value in here.items())]
+    subclasses = {"subclass_mode_model": True, "subclass_mode_data": True}
+    return CLI(LightningModule, LightningDataModule, **subclasses, run=False, save_config_callback=None, args=argv)
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *FULL_SIZE], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_config_is_headed_by_its_command(path: Path) -> None:
     first = path.read_text().splitlines()[0]
-    assert first.startswith(f"# python -m lightning_modules.cli fit -c configs/{path.name}")
+    assert first.startswith(f"# python -m lightning_modules.cli fit -c {path.relative_to(ROOT)}")
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda p: p.stem)
+def test_a_full_size_config_fits_its_devices_and_the_model(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    found = instantiated(path)
+    assert found.datamodule.steps == found.model.steps == config["trainer"]["max_steps"]
+    if isinstance(found.model, ReinforceModule):
+        for devices in (1, config["trainer"]["devices"]):
+            cost = replace(found.model.arithmetic, devices=devices, prompts=found.datamodule.batch_size)
+            assert cost.micro_batches * cost.sampling.micro_groups * devices == cost.sampling.groups
+        with torch.device("meta"):
+            transformer = KontextTransformer(**SD35M)
+        add_lora(transformer, found.model.lora, 0)
+        trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
+        # Two matrices for each of eight projections; the last block has none for the text's output.
+        assert len(trained) == 2 * (24 * 8 - 1)
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.parent.name)
+def test_the_preset_is_the_papers(path: Path) -> None:
+    """UniPic 2.0 (arXiv 2509.04548), section 4.1."""
+    model = instantiated(path).model
+    sampling, optimizer = model.sampling, model.optimizer_settings
+    assert (sampling.num_inference_steps, sampling.group_size, sampling.groups * sampling.group_size) == (10, 16, 256)
+    assert (model.algorithm.sampler, model.algorithm.noise, model.regularisation.latent_kl) == ("flow", 0.7, 0.04)
+    assert (model.lora.rank, model.lora.alpha) == (32, 64)
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (3e-4, (0.9, 0.999), 1e-8)
+    cost: Arithmetic = replace(model.arithmetic, backward=1)  # where activations are kept
+    assert cost.to_sample + cost.to_train == 74
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

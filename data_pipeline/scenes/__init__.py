@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Collection, Mapping
 
 from PIL import Image
 
@@ -28,9 +29,11 @@ def encode_png(scene: Scene | Canvas) -> EncodedImage:
     return EncodedImage(buffer.getvalue(), "png")
 
 
-def random_caption(rng: random.Random, level: int, split: str) -> tuple[Scene, Caption]:
+def random_caption(
+    rng: random.Random, level: int, split: str, weights: Mapping[str, float] | None = None
+) -> tuple[Scene, Caption]:
     """A scene of `split` and its caption; the task is drawn by weight (the single-object tasks only in "train")."""
-    weights = TASK_WEIGHTS[split]
+    weights = weights or TASK_WEIGHTS[split]
     task = rng.choices(list(weights), list(weights.values()))[0]
     while True:
         scene = draw_scene(rng, level, task)
@@ -38,11 +41,13 @@ def random_caption(rng: random.Random, level: int, split: str) -> tuple[Scene, C
             return scene, describe(rng, scene, task)
 
 
-def text_image_record(level: int, seed: int, number: int, split: str) -> TextImageRecord:
-    """A captioned scene of `split`, a function of its arguments alone."""
+def text_image_record(
+    level: int, seed: int, number: int, split: str, weights: Mapping[str, float] | None = None
+) -> TextImageRecord:
+    """A captioned scene of `split`, a function of its arguments alone; `weights` are those of the tasks."""
     rng = random.Random(f"caption/{level}/{seed}/{number}")
     scene: Scene | Canvas
-    scene, caption = free.random_caption(rng, split) if level == FREE else random_caption(rng, level, split)
+    scene, caption = free.random_caption(rng, split) if level == FREE else random_caption(rng, level, split, weights)
     facts = {"scene": scene.canonical, "task": caption.task, "meaning": meaning(caption)}
     return TextImageRecord(f"caption-{number:07d}", encode_png(scene), caption.text, "scenes", "CC0-1.0", split, facts)
 
@@ -66,12 +71,15 @@ def free_edit_record(number: int, edit: free_edits.FreeEdit, split: str) -> Edit
     return EditRecord(f"edit-{number:07d}", *images, edit.instruction, "scenes", "CC0-1.0", split, facts)
 
 
-def benchmark(level: int, count: int, seed: int) -> tuple[list[Caption], list[Edit]]:
+def benchmark(
+    level: int, count: int, seed: int, tasks: Collection[str] = tuple(TASK_WEIGHTS["val"])
+) -> tuple[list[Caption], list[Edit]]:
     """`count` captions of distinct held-out scenes and `count` held-out edits, the same for everyone at a seed."""
     rng = random.Random(f"benchmark/{level}/{seed}")
+    weights = {task: weight for task, weight in TASK_WEIGHTS["val"].items() if task in tasks}
     captions: dict[str, Caption] = {}
     while len(captions) < count:
-        scene, caption = random_caption(rng, level, "val")
+        scene, caption = random_caption(rng, level, "val", weights)
         captions.setdefault(scene.canonical, caption)
     edits: dict[tuple[str, str], Edit] = {}
     while len(edits) < count:

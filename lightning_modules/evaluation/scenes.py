@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from data_pipeline.scenes import benchmark
-from data_pipeline.scenes.captions import Caption, satisfied
+from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, satisfied
 from data_pipeline.scenes.edits import Edit, edit_success, preservation
 from data_pipeline.scenes.renderer import render
 from data_pipeline.scenes.verifier import read
@@ -32,6 +32,8 @@ class SceneBenchmark:
     `guidance_scales`: the first names the metrics without suffix; further ones are reported as `<metric>_guidance_<s>`.
     `negative_prompt`: None takes the pipeline's; a model whose captions were dropped to "" knows that one best.
     `tasks`: what is measured, "text_to_image", "edit" or both.
+    `caption_level`: that of captions, where it is another one than the edits'.
+    `caption_tasks`: which of GenEval's tasks the captions are of; None takes all.
     """
 
     level: int = 1
@@ -42,12 +44,18 @@ class SceneBenchmark:
     tasks: tuple[str, ...] = ("text_to_image", "edit")
     batch_size: int = 128
     seed: int = 0
+    caption_level: int | None = None
+    caption_tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks or set(self.tasks) - {"text_to_image", "edit"}:
             raise InputError(f"benchmark.tasks must be text_to_image, edit or both, got {list(self.tasks)}")
-        if self.level not in LEVELS:
-            raise InputError(f"benchmark.level is {self.level!r}; scenes have the levels {sorted(LEVELS)}")
+        for level in (self.level, self.captions_at):
+            if level not in LEVELS:
+                raise InputError(f"benchmark.level is {level!r}; scenes have the levels {sorted(LEVELS)}")
+        if not self.held_out_tasks or set(self.held_out_tasks) - set(TASK_WEIGHTS["val"]):
+            known = ", ".join(TASK_WEIGHTS["val"])
+            raise InputError(f"benchmark.caption_tasks is {self.caption_tasks!r}; held-out captions are of {known}")
         counts = {"count": self.count, "num_inference_steps": self.num_inference_steps, "batch_size": self.batch_size}
         for name, value in counts.items():
             if type(value) is not int or value < 1:
@@ -55,15 +63,31 @@ class SceneBenchmark:
         if not self.guidance_scales or any(type(s) not in (int, float) for s in self.guidance_scales):
             raise InputError(f"benchmark.guidance_scales is {self.guidance_scales!r}; expected at least one number")
 
+    @property
+    def captions_at(self) -> int:
+        """The captions' level."""
+        return self.level if self.caption_level is None else self.caption_level
+
+    @property
+    def held_out_tasks(self) -> tuple[str, ...]:
+        """The captions' tasks."""
+        return tuple(TASK_WEIGHTS["val"]) if self.caption_tasks is None else self.caption_tasks
+
 
 def evaluate(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, float]:
     """All metrics of the benchmark, each a share in [0, 1]."""
     return means(outcomes(pipeline, settings), settings)
 
 
+def held_out(settings: SceneBenchmark) -> tuple[list[Caption], list[Edit]]:
+    """The captions and the edits, in their order."""
+    captions, _ = benchmark(settings.captions_at, settings.count, settings.seed, settings.held_out_tasks)
+    return captions, benchmark(settings.level, settings.count, settings.seed)[1]
+
+
 def outcomes(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, list[float]]:
     """What became of each caption (`t2i_success`) and of each edit (`edit_success`, `preservation`), in their order."""
-    captions, edits = benchmark(settings.level, settings.count, settings.seed)
+    captions, edits = held_out(settings)
     found: dict[str, list[float]] = {}
     for scale in settings.guidance_scales:
         suffix = "" if scale == settings.guidance_scales[0] else f"{GUIDANCE}{scale:g}"
@@ -78,7 +102,7 @@ def outcomes(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, l
 def means(found: Mapping[str, Sequence[float]], settings: SceneBenchmark) -> dict[str, float]:
     """Means of outcomes: `t2i_success`, and the same for each GenEval task; `edit_success`, and the same for each kind
     of edit; `preservation`, the share of untouched cells unchanged."""
-    captions, edits = benchmark(settings.level, settings.count, settings.seed)
+    captions, edits = held_out(settings)
     kinds = {"t2i_success": [c.task for c in captions], "edit_success": [e.kind for e in edits]}
     metrics: dict[str, float] = {}
     for name, values in found.items():
@@ -100,7 +124,7 @@ def score_captions(
         prompts = [caption.text for caption in chunk]
         pictures = generate(pipeline, prompts, None, settings, guidance_scale, number)
         for caption, picture in zip(chunk, pictures, strict=True):
-            found.append(int(satisfied(caption, read(picture, settings.level).scene)))
+            found.append(int(satisfied(caption, read(picture, settings.captions_at).scene)))
     return found
 
 
@@ -136,7 +160,7 @@ def generate(
     number: int,
 ) -> np.ndarray:
     """One picture a prompt, (B, H, W, 3) in [0, 255]; noise depends on the seed and the batch's number alone."""
-    side = LEVELS[settings.level].resolution
+    side = LEVELS[settings.level if sources else settings.captions_at].resolution
     generator = torch.Generator().manual_seed(settings.seed * 100_003 + number)
     pictures = pipeline(
         prompts,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SHOWN = 8  # keys named in an error before it says how many more there are
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors format's own readers
@@ -122,6 +123,12 @@ def load_text_encoder(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     misshapen = [f"{name} is {list(got)}, expected {list(wanted)}" for name, got, wanted in found["mismatched_keys"]]
     report_keys(folder, {"missing": sorted(found["missing_keys"]), "misshapen": sorted(misshapen)})
     return model
+
+
+def check_state(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Names every tensor of a checkpoint that does not fit a model made from a folder, before any is copied."""
+    own, given = ({name: tuple(t.shape) for name, t in state.items()} for state in (expected, found))
+    compare_shapes(folder, own, given)
 
 
 def compare_shapes(

@@ -27,6 +27,12 @@ class Snapshots:
         """Copies the weights as they are."""
         self.copies[name] = {key: p.detach().clone() for key, p in self.parameters.items()}
 
+    def to(self, device: torch.device | str) -> None:
+        """Moves all copies to where the network is."""
+        self.copies = {
+            name: {key: tensor.to(device) for key, tensor in copy.items()} for name, copy in self.copies.items()
+        }
+
     @torch.no_grad()
     def put(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Takes weights of the same names and shapes for a copy."""

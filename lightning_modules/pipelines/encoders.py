@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import Features, FeatureStore
-from lightning_modules.networks.autoencoder import encode_moments
+from data_pipeline.counters import draw
+from lightning_modules.networks.autoencoder import encode_moments, sample_latents
 from lightning_modules.pipelines.kontext import KontextPipeline
 
 CHUNK = 8  # pictures
@@ -91,26 +92,35 @@ class LatentEncoder:
         return found
 
     def encode_batch(self, batch: ImageBatch) -> ImageBatch:
-        """The batch with moments (fp32) in place of pixels; one that holds moments is returned as it is."""
+        """The batch with moments (fp32) in place of pixels; one that holds moments is returned as it is.
+
+        What has no target has none after.
+        """
         if batch.encoded:
             return batch
         references = batch.references
         if isinstance(references, Tensor):
             references = [list(images) for images in references]
         images = references or [[] for _ in batch.keys]
-        rows = [[target, *more] for target, more in zip(batch.target, images, strict=True)]
+        targets = [[target] if batch.has_targets else [] for target in batch.target]
+        rows = [[*target, *more] for target, more in zip(targets, images, strict=True)]
         found = iter(self.encode([picture for row in rows for picture in row]))
         moments = [[next(found)["moments"] for _ in row] for row in rows]
         if self.store is not None and batch.contents is not None:
             for names, row in zip(batch.contents, moments, strict=True):
                 for name, value in zip(names, row, strict=True):
                     self.store.add(name, {"moments": value})
-        return replace(
-            batch,
-            target=torch.stack([row[0] for row in moments]).float(),
-            references=collate_references([[value.float() for value in row[1:]] for row in moments]),
-            encoded=True,
-        )
+        target = torch.stack([row.pop(0) for row in moments]).float() if batch.has_targets else batch.target
+        references = collate_references([[value.float() for value in row] for row in moments])
+        return replace(batch, target=target, references=references, encoded=True)
+
+    def sample(
+        self, moments: Float[Tensor, "b c2 h w"], seed: int, purpose: str, batch: ImageBatch
+    ) -> Float[Tensor, "b c h w"]:
+        """Latents from moments of a batch's pictures, with noise of each sample and epoch."""
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        noise = draw(torch.randn, shape, seed, f"posterior {purpose}", batch.epochs, batch.sample_ids)
+        return sample_latents(self.vae, moments, noise.to(moments.device))
 
 
 class TextEncoder:

@@ -38,6 +38,10 @@ class Point(NamedTuple):
 class Algorithm(Protocol):
     """An algorithm."""
 
+    @property
+    def points_per_picture(self) -> int:
+        """How many points it asks about."""
+
     def stochastic(self) -> Stochastic | None:
         """What samples; None for the ODE."""
 
@@ -108,6 +112,11 @@ class RatioBased:
     def window_at(self, u: float) -> tuple[int, int]:
         """One window for all groups of an update."""
         return self.window.place(u)
+
+    @property
+    def points_per_picture(self) -> int:
+        """One for each stochastic step."""
+        return self.window.size
 
     def points(self, rollout: Rollout, draw: Draw) -> Iterator[Point]:
         """The states before each stochastic step."""

@@ -59,6 +59,12 @@ class Rollout:
         """Pictures of a group."""
         return len(self) // len(self.keys)
 
+    @property
+    def kind(self) -> tuple[str | int, ...]:
+        """What rollouts have alike that can be joined: task and shapes of pictures and references."""
+        references = () if self.references is None else self.references.shape[1:]
+        return self.task, *self.trajectory.x0.shape[1:], *references
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         t = self.trajectory
@@ -85,6 +91,10 @@ class Rollout:
             rewards={name.removeprefix(REWARD): t for name, t in tensors.items() if name.startswith(REWARD)},
         )
 
+    def to(self, device: torch.device | str) -> Rollout:
+        """The rollout on a device."""
+        return self.of(self.facts(), {name: tensor.to(device) for name, tensor in self.tensors().items()})
+
     def select(self, groups: Sequence[int]) -> Rollout:
         """These groups alone."""
         rows = torch.tensor(list(groups), dtype=torch.int64, device=self.sequence.device)
@@ -101,7 +111,7 @@ class Rollout:
 
     @classmethod
     def join(cls, rollouts: Sequence[Rollout]) -> Rollout:
-        """The groups of all, which have one task, one schedule and one window."""
+        """The groups of all, which are of one kind and have one schedule and one window."""
         every = [rollout.tensors() for rollout in rollouts]
         tensors = {name: torch.cat([t[name] for t in every], PICTURE_AXIS.get(name, 0)) for name in every[0]}
         lists = {name: [one for rollout in rollouts for one in getattr(rollout, name)] for name in LISTS}

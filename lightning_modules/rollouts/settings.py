@@ -19,7 +19,8 @@ class Sampling:
 
     Attributes:
         group_size: pictures of each prompt, G.
-        groups: groups that an update learns from; prompts are sampled until so many teach something.
+        groups: groups that an update learns from, on all devices together; prompts are sampled until so many teach
+            something.
         micro_groups: groups that are sampled, and later trained on, in one batch.
         num_inference_steps: steps of the sampler.
         guidance_scale: of classifier-free guidance, in sampling and in training; 1 needs half the evaluations.
@@ -36,8 +37,6 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.group_size < 2 or min(self.groups, self.micro_groups, self.num_inference_steps) < 1:
             raise InputError(f"sampling: a group has at least 2 pictures, all else is at least 1; got {self}")
-        if self.groups % self.micro_groups:
-            raise InputError(f"sampling: groups {self.groups} must be a multiple of micro_groups {self.micro_groups}")
 
 
 @dataclass
@@ -74,11 +73,16 @@ class Regularisation:
             raise InputError(f"regularisation: 0 < old_rate <= 1 and 0 <= ema_decay < 1; got {self}")
 
     @property
+    def sampler(self) -> str | None:
+        """The copy of the policy that samples; None where the trained weights do."""
+        return "old" if self.old_rate < 1 else None
+
+    @property
     def snapshots(self) -> dict[str, float]:
         """The copies of the policy that are needed, and the share that each follows it by after an update."""
         wanted = {
             "reference": (self.velocity_kl + self.latent_kl > 0, 0.0),
-            "old": (self.old_rate < 1, self.old_rate),
+            "old": (self.sampler is not None, self.old_rate),
             "ema": (self.ema_kl > 0, 1 - self.ema_decay),
         }
         return {name: rate for name, (needed, rate) in wanted.items() if needed}

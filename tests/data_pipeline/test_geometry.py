@@ -121,7 +121,7 @@ def test_an_identity_edit_round_trips(tmp_path: Path, form: str, extension: str,
     assert torch.equal(batch.target[0], torch.from_numpy(exact).permute(2, 0, 1) / 127.5 - 1)
 
 
-def swapped(sizes: np.ndarray, *rule: int) -> np.ndarray:
+def swapped(sizes: np.ndarray, *rule: Any) -> np.ndarray:
     return fit_sizes(sizes, *rule)[:, ::-1]
 
 

@@ -26,7 +26,7 @@ from data_pipeline.index import load_index
 from data_pipeline.plan import Draw
 from data_pipeline.recipe import Recipe
 from data_pipeline.select import Selection, select
-from data_pipeline.sources import Manifest
+from data_pipeline.sources import Manifest, Scenes
 from data_pipeline.transforms import check_size, decode, fit_size, to_tensor
 
 
@@ -405,6 +405,28 @@ def test_missing_scene_shards_are_built_once(tmp_path: Path) -> None:
     index = data.indexes[0]
     assert sum(count for part in index.streams.values() for count in part.values()) == 64
     assert len([path for path in tmp_path.glob("level1-*") if path.is_dir()]) == 1
+
+
+def test_scenes_of_two_levels_keep_their_own_sizes(tmp_path: Path) -> None:
+    few = SceneShards(2, 32, 0, tasks={"counting": 1, "colors": 2}, name="harder", root=str(tmp_path / "scenes"))
+    many = SceneShards(1, 32, 32, root=str(tmp_path / "scenes"))
+    data = ShardDataModule(scenes=[many, few], batch_size=2, image_size=96, upscale=False, index_root=str(tmp_path))
+    data.prepare_data()
+    data.setup("fit")
+    small, large = ((64, 64),), ((96, 96),)
+    assert set(data.indexes[0].streams["train"]) == {
+        ("text_to_image", small), ("edit", ((64, 64), (64, 64))), ("harder", large)
+    }  # fmt: skip
+    source = few.recipe().source
+    assert {record.metadata["task"] for unit in source.units(30) for record in source.read(unit)} == set(few.tasks)
+    for batch in data.first_batches():
+        assert batch.task in ("text_to_image", "edit") and batch.target.shape[-1] in (64, 96)
+
+
+@pytest.mark.parametrize(("level", "tasks"), [(1, {"colours": 1.0}), (1, {"colors": 0.0}), (3, {"colors": 1.0})])
+def test_shares_of_tasks_that_no_caption_could_have_are_refused(level: int, tasks: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=r"source\.tasks"):
+        Scenes(level, 8, 8, tasks=tasks)
 
 
 def test_a_thread_s_mistake_is_the_loop_s_and_leaving_early_ends_it(shards: str) -> None:

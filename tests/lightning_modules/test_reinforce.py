@@ -10,8 +10,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import StableDiffusion3Pipeline
 from micro import Brightness, micro_folder
+from rl import SAMPLING, made, prompts, trained, watched
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -29,7 +31,6 @@ from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
 from lightning_modules.schedule import AdamW
 
-SAMPLING = Sampling(group_size=3, groups=4, micro_groups=2, num_inference_steps=4)
 WINDOW = Window(2, (0, 3))
 RATIO_BASED = [
     GRPO(window=WINDOW),
@@ -41,45 +42,9 @@ RATIO_BASED = [
 ]
 
 
-def prompts(number: int, task: str = "edit", count: int = 4) -> ImageBatch:
-    generator = torch.Generator().manual_seed(number)
-    target = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
-    references = torch.rand(count, 1, 3, 32, 32, generator=generator) * 2 - 1
-    return ImageBatch(
-        tasks=[task] * count,
-        keys=[f"k{number}-{i}" for i in range(count)],
-        sample_ids=torch.arange(count) + 10 * number,
-        epochs=torch.zeros(count, dtype=torch.int64),
-        prompts=[f"make it {i}" for i in range(count)],
-        target=target,
-        references=references if task == "edit" else None,
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(micro_folder(tmp_path_factory.mktemp("micro") / "folder"))
-
-
-def made(folder: str, algorithm: object = DiffusionNFT(), reward: object = None, **changes: object) -> ReinforceModule:
-    settings = {
-        "sampling": SAMPLING,
-        "optimizer": AdamW(lr=1e-3, warmup_steps=0, weight_decay=0.0),
-        "steps": 10,
-        **changes,
-    }
-    rewards = {"bright": Weighted(Brightness() if reward is None else reward)}
-    return ReinforceModule(folder, rewards, algorithm, **settings)
-
-
-class Stream(IterableDataset):
-    """Batches without a length, which Lightning would count a resumed run's batches against."""
-
-    def __init__(self, batches: Sequence[ImageBatch]) -> None:
-        self.batches = list(batches)
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 class SaveAfter(L.Callback):
@@ -94,24 +59,6 @@ class SaveAfter(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def trained(
-    module: ReinforceModule, batches: Sequence[ImageBatch], steps: int, root: Path, callbacks=(), **options
-) -> L.Trainer:
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        default_root_dir=root,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(module, DataLoader(Stream(batches), batch_size=None), **options)
-    return trainer
-
-
 def sampled(module: ReinforceModule, batch: ImageBatch, tmp_path: Path) -> Rollout:
     """One rollout with rewards, outside of a Trainer's loop."""
     module.configure_model()
@@ -121,19 +68,6 @@ def sampled(module: ReinforceModule, batch: ImageBatch, tmp_path: Path) -> Rollo
         rollout = module.sample(batch)
     rollout.rewards = {"bright": torch.rand(len(batch), 3, generator=torch.Generator().manual_seed(0))}
     return rollout
-
-
-def watched(module: ReinforceModule) -> list[list[str]]:
-    """The keys of the groups that each update learns from."""
-    found: list[list[str]] = []
-    improve = module.improve
-
-    def noted(rollouts: list[Rollout], batch: ImageBatch) -> None:
-        found.append([key for rollout in rollouts for key in rollout.keys])
-        improve(rollouts, batch)
-
-    module.improve = noted
-    return found
 
 
 @pytest.mark.parametrize("algorithm", RATIO_BASED, ids=lambda a: f"{type(a).__name__}-{a.sampler}")
@@ -188,14 +122,64 @@ def test_an_update_waits_until_enough_groups_teach_something(folder: str, tmp_pa
             return [s if r.prompt == "make it 0" else 0.5 for s, r in zip(found, requests, strict=True)]
 
     module = made(folder, reward=Picky())
-    updates: list[list[str]] = []
-    improve = module.improve
-    module.improve = lambda rollouts, batch: (
-        updates.append([k for r in rollouts for k in r.keys]),
-        improve(rollouts, batch),
-    )
+    updates = watched(module)
     trained(module, [prompts(i) for i in range(9)], 2, tmp_path)
     assert updates == [["k0-0", "k1-0", "k2-0", "k3-0"], ["k4-0", "k5-0", "k6-0", "k7-0"]]
+
+
+class Share(IterableDataset):
+    """Each device's rows of every batch."""
+
+    def __init__(self, batches: Sequence[ImageBatch]) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for batch in self.batches:
+            yield batch.rows(rank * len(batch) // size, (rank + 1) * len(batch) // size)
+
+
+class SaveWeights(L.Callback):
+    """What each device has learned."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(pl_module.state_dict(), self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_devices_learn_what_one_does(folder: str, tmp_path: Path) -> None:
+    """Four groups of an update: in two micro-batches of one device, or in one of each of two."""
+    for options in ({"devices": 1}, {"devices": 2, "strategy": "ddp_fork"}):
+        module = made(folder, regularisation=Regularisation(old_rate=0.5, velocity_kl=0.1))
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=3, max_epochs=-1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[SaveWeights(tmp_path)],
+            default_root_dir=tmp_path, **options,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(Share([prompts(i) for i in range(3)]), batch_size=None))
+    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for name, weights in one.items():
+        assert torch.equal(two[0][name], two[1][name])
+        torch.testing.assert_close(two[0][name], weights, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_of_several_shapes_are_learned_from_in_batches_of_their_own(folder: str, tmp_path: Path) -> None:
+    module = made(folder)
+    updates = watched(module)
+    trained(module, [prompts(i, count=2, width=(32, 16)[i % 2]) for i in range(4)], 2, tmp_path)
+    assert updates == [["k1-0", "k1-1", "k0-0", "k0-1"], ["k3-0", "k3-1", "k2-0", "k2-1"]]
+
+
+def test_recomputed_activations_change_no_bit(folder: str, tmp_path: Path) -> None:
+    states = []
+    for recompute in (False, True):
+        module = made(folder, recompute=recompute)
+        trained(module, [prompts(i) for i in range(2)], 2, tmp_path)
+        states.append(module.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_a_reward_that_never_tells_pictures_apart_ends_the_run(folder: str, tmp_path: Path) -> None:
@@ -226,12 +210,7 @@ class Faulty(Brightness):
 @pytest.mark.parametrize("fault", ["raises", "nan", "none", "short"])
 def test_no_failure_of_a_reward_becomes_a_number(folder: str, fault: str, tmp_path: Path) -> None:
     module = made(folder, reward=Faulty(fault))
-    kept: list[list[str]] = []
-    improve = module.improve
-    module.improve = lambda rollouts, batch: (
-        kept.append([k for r in rollouts for k in r.keys]),
-        improve(rollouts, batch),
-    )
+    kept = watched(module)
     trained(module, [prompts(i) for i in range(4)], 1, tmp_path)
     # The second call is on the prompts 2 and 3 of the first batch; one missing number loses its own group alone.
     lost = {"k0-2"} if fault in ("nan", "none") else {"k0-2", "k0-3"}
@@ -377,7 +356,7 @@ def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path)
     ("wrong", "match"),
     [
         (lambda: Sampling(group_size=1), "at least 2 pictures"),
-        (lambda: Sampling(groups=6, micro_groups=4), "multiple of micro_groups"),
+        (lambda: made("x", sampling=Sampling(groups=6, micro_groups=4)), "multiple of micro_groups"),
         (lambda: Window(4, (0, 3)), "do not fit"),
         (lambda: GRPO("flow"), "log-probabilities in 'gaussian'"),
         (lambda: GRPO("cps", unit="gaussian"), "log-probabilities in 'squared'"),

@@ -1,0 +1,137 @@
+"""What an update is made of: prompts, groups, micro-batches, pictures, and evaluations of the transformer.
+
+An evaluation is one picture's forward pass. A backward pass counts 2, where only adapters are trained 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from data_pipeline.errors import InputError
+from lightning_modules.rollouts.algorithms import Algorithm
+from lightning_modules.rollouts.settings import Regularisation, Sampling
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Of one update, made by `resolve`.
+
+    Attributes:
+        sampling: groups are those of all devices together.
+        points: where the policy is asked again about each picture that it learns from.
+        backward: evaluations that a backward pass counts, recomputed activations included.
+        copies: other policies that are asked at each point.
+        supervised: whether it learns from the targets of a batch, too.
+        devices: each samples and learns from its share of the groups.
+        prompts: of a device's batch; None where they differ from batch to batch.
+    """
+
+    sampling: Sampling
+    points: int
+    backward: int
+    copies: int
+    supervised: bool
+    devices: int
+    prompts: int | None
+
+    def __post_init__(self) -> None:
+        groups, micro = self.sampling.groups, self.sampling.micro_groups
+        if groups % (self.devices * micro):
+            smaller = [m for m in range(1, micro) if groups % (self.devices * m) == 0]
+            other = f", or micro_groups {smaller[-1]}" if smaller else ""
+            raise InputError(
+                f"sampling: groups {groups} must be a multiple of micro_groups {micro} x devices {self.devices}; "
+                f"nearest are groups {multiples(groups, self.devices * micro)}{other}"
+            )
+        if self.prompts is not None and self.prompts % micro:
+            raise InputError(
+                f"data: a batch of {self.prompts} prompts must be a multiple of sampling.micro_groups {micro}, so that "
+                "what is sampled together is learned from together; nearest is a batch_size of "
+                f"{multiples(self.prompts, micro)}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Groups that a device waits for."""
+        return self.sampling.groups // self.devices
+
+    @property
+    def micro_batches(self) -> int:
+        """Batches that a device learns from, at the least."""
+        return self.groups // self.sampling.micro_groups
+
+    @property
+    def sampled(self) -> int:
+        """Pictures that all devices sample, at the least: where every group teaches something."""
+        groups = self.groups if self.prompts is None else ceil(self.groups / self.prompts) * self.prompts
+        return self.devices * groups * self.sampling.group_size
+
+    @property
+    def branches(self) -> int:
+        """Evaluations of a velocity: with guidance another one without the prompt."""
+        return 1 if self.sampling.guidance_scale == 1 else 2
+
+    @property
+    def to_sample(self) -> int:
+        """Evaluations that a sampled picture costs."""
+        return self.branches * self.sampling.num_inference_steps
+
+    @property
+    def to_train(self) -> int:
+        """Evaluations that a picture costs that is learned from, beyond those to sample it."""
+        return self.branches * self.points * (1 + self.backward + self.copies)
+
+    @property
+    def to_supervise(self) -> int:
+        """Evaluations that a target of the supervised loss costs."""
+        return 1 + self.backward if self.supervised else 0
+
+    def table(self) -> str:
+        """All of it, for people."""
+        s, prompts, micro = self.sampling, self.prompts, self.sampling.micro_groups
+        guided = f"{self.branches} x " if self.branches > 1 else ""
+        point = f"{guided}(forward 1, backward {self.backward}, other policies {self.copies})"
+        total = self.sampled * (self.to_sample + self.to_train) + self.devices * (prompts or 0) * self.to_supervise
+        rows = {
+            "prompts": f"{prompts or 'any number'} a batch and device, until {s.groups} groups teach something",
+            "micro-batch": f"groups x pictures: {micro} x {s.group_size}; {self.micro_batches} a device or more",
+            "pictures": f"{self.sampled:,} sampled and {s.groups * s.group_size:,} learned from, or more",
+            "to sample": f"{self.to_sample} evaluations a picture: {guided}{s.num_inference_steps} steps",
+            "to learn": f"{self.to_train} evaluations a picture: {self.points} points x {point}",
+            "in all": f"{total:,} evaluations where every group teaches: {total / self.sampled:.1f} a picture",
+        }
+        return "\n".join([f"an update, devices {self.devices}:", *(f"  {n:12} {text}" for n, text in rows.items())])
+
+
+def resolve(
+    sampling: Sampling,
+    algorithm: Algorithm,
+    regularisation: Regularisation,
+    adapters: bool = False,
+    recompute: bool = False,
+    devices: int = 1,
+    prompts: int | None = None,
+) -> Arithmetic:
+    """The arithmetic of these settings. InputError, with the nearest that work, where groups cannot be shared out.
+
+    Args:
+        sampling, algorithm, regularisation: as a run has them.
+        adapters: whether only LoRA is trained.
+        recompute: whether activations are computed again in the backward pass.
+        devices: that train.
+        prompts: of a device's batch.
+    """
+    backward = (1 if adapters else 2) + recompute
+    copies, supervised = len(regularisation.snapshots), regularisation.supervised > 0
+    return Arithmetic(sampling, algorithm.points_per_picture, backward, copies, supervised, devices, prompts)
+
+
+def multiples(number: int, divisor: int) -> str:
+    """The nearest multiples, below and above, for a message.
+
+    >>> multiples(10, 4), multiples(3, 4)
+    ('8 or 12', '4')
+    """
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"
