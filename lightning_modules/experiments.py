@@ -156,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         experiment, folder = read(arguments.config), RUNS / run_name(arguments.config)
-        arms, seeds = chosen(experiment, arguments.only), arguments.seeds or experiment.seeds
+        arms, seeds = arguments.only or list(experiment.arms), arguments.seeds or experiment.seeds
+        if unknown := sorted(set(arms) - set(experiment.arms)):
+            raise InputError(f"--only names {', '.join(unknown)}; the arms are {', '.join(experiment.arms)}")
         if arguments.plan:
             print("\n".join(plan(experiment, folder.name, arms, seeds)))
             return 0
@@ -189,13 +191,6 @@ def read(path: Path) -> Experiment:
         raise
     except Exception as error:  # jsonargparse reports a user's mistake by several types
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def chosen(experiment: Experiment, only: Sequence[str] | None) -> list[str]:
-    """The arms to run."""
-    if unknown := sorted(set(only or ()) - set(experiment.arms)):
-        raise InputError(f"--only names {', '.join(unknown)}; the arms are {', '.join(experiment.arms)}")
-    return list(only or experiment.arms)
 
 
 def chain(experiment: Experiment, name: str, arm: str, seed: int) -> Iterator[Run]:
@@ -278,14 +273,10 @@ def table(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> str:
         wanted[arm] = len(runs)
         trials[arm] = [trial(one) for one in runs.values() if all(run.finished for run in one)]
     rows = compare(trials, wanted, experiment.columns, experiment.baseline)
-    text = markdown(rows, experiment.baseline)
-    files = {
-        "results.md": text,
-        "results.json": json.dumps({"baseline": experiment.baseline, "rows": [*map(record, rows)]}, indent=2) + "\n",
-        "gains.svg": gain_chart.draw(rows, experiment.baseline),
-    }
-    for name, content in files.items():
-        write(folder / name, content)
+    plain = {"baseline": experiment.baseline, "rows": [*map(record, rows)]}
+    write(folder / "results.json", json.dumps(plain, indent=2) + "\n")
+    write(folder / "results.md", text := markdown(rows, experiment.baseline))
+    write(folder / "gains.svg", gain_chart.draw(rows, experiment.baseline))
     return text
 
 

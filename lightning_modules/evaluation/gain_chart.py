@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 from data_pipeline.charts import label, round_step
 from lightning_modules.evaluation.comparison import Figure, Row
-from lightning_modules.evaluation.intervals import Interval
 
-NAMES, PANEL, GAP, LINE, TOP, FOOT = 190, 230, 24, 26, 44, 34  # widths and heights, in the chart's own units
+LETTER, PANEL, GAP, LINE, TOP, FOOT = 6.4, 220, 44, 26, 44, 28  # widths and heights, in the chart's own units
 STYLE = (
     "text{font:12px sans-serif;fill:#222}.small{font-size:10px;fill:#666}.rule{stroke:#ddd}.zero{stroke:#888}"
     ".up{stroke:#1a7f37;fill:#1a7f37}.down{stroke:#cf222e;fill:#cf222e}.open{stroke:#57606a;fill:#57606a}"
@@ -25,14 +24,15 @@ def draw(rows: Sequence[Row], baseline: str) -> str:
     """
     shown = [row for row in rows if row.arm != baseline]
     titles = list(rows[0].figures) if rows else []
-    width, height = NAMES + len(titles) * (PANEL + GAP), TOP + LINE * len(shown) + FOOT
+    names = round(LETTER * max((len(row.arm) for row in shown), default=0)) + GAP
+    width, height = names + len(titles) * (PANEL + GAP), TOP + LINE * len(shown) + FOOT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         f'<style>{STYLE}</style><rect width="100%" height="100%" fill="#fff"/>',
     ]
-    parts += [label(NAMES - 12, middle(i) + 4, escape(row.arm), "end") for i, row in enumerate(shown)]
+    parts += [label(names - GAP / 2, middle(i) + 4, escape(row.arm), "end") for i, row in enumerate(shown)]
     for number, title in enumerate(titles):
-        left = NAMES + number * (PANEL + GAP)
+        left = names + number * (PANEL + GAP)
         parts += panel(left, title, f"gain over {baseline}", [row.figures[title] for row in shown])
     return "\n".join([*parts, "</svg>\n"])
 
@@ -60,13 +60,14 @@ def panel(left: float, title: str, note: str, figures: Sequence[Figure]) -> Iter
         yield f'<path class="{"rule" if tick else "zero"}" d="M{place:.1f} {TOP}V{bottom}"/>'
         yield label(place, bottom + 16, f"{tick * step:+.3g}" if tick else "0")
     for i, found in enumerate(figures):
-        yield from whisker(found.gain, [x(gain) for gain in found.gains], *map(x, found.gain), middle(i))
+        yield from whisker(found, middle(i), x)
 
 
-def whisker(gain: Interval, seeds: Sequence[float], x: float, low: float, high: float, y: float) -> Iterator[str]:
-    """A dot with its interval, and one for each seed."""
+def whisker(found: Figure, y: float, x: Callable[[float], float]) -> Iterator[str]:
+    """A dot with its interval, and one for each seed; `x` is where a gain lies."""
+    gain = found.gain
     kind = "up" if gain.low > 0 else "down" if gain.high < 0 else "open"
-    yield f'<path class="bar {kind}" d="M{low:.1f} {y}H{high:.1f}"/>'
-    yield from (f'<circle class="seed {kind}" cx="{place:.1f}" cy="{y}" r="4"/>' for place in seeds)
+    yield f'<path class="bar {kind}" d="M{x(gain.low):.1f} {y}H{x(gain.high):.1f}"/>'
+    yield from (f'<circle class="seed {kind}" cx="{x(seed):.1f}" cy="{y}" r="4"/>' for seed in found.gains)
     said = f"{gain.mean:+.3f}, {gain.low:+.3f} to {gain.high:+.3f}"
-    yield f'<circle class="{kind}" cx="{x:.1f}" cy="{y}" r="5"><title>{said}</title></circle>'
+    yield f'<circle class="{kind}" cx="{x(gain.mean):.1f}" cy="{y}" r="5"><title>{said}</title></circle>'
