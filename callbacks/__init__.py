@@ -1,6 +1,7 @@
 """What a training run does beside training; every callback works with any stage module that offers
 `pipeline()`, `trainable_parameters()` and `training_flops(batch)`."""
 
+from callbacks.budget import Budget
 from callbacks.checkpoint import Checkpoint
 from callbacks.checkpoint_io import AtomicCheckpointIO
 from callbacks.ema import EMA
@@ -15,6 +16,7 @@ from callbacks.throughput import Throughput
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "Budget",
     "Checkpoint",
     "Export",
     "NonFiniteError",

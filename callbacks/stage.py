@@ -11,7 +11,13 @@ from torch.nn import Parameter
 
 
 class Stage(Protocol):
-    """The part of a stage module that callbacks use."""
+    """The part of a stage module that callbacks use.
+
+    `evaluations`: forward passes of the transformer so far, on this device, for one picture each; a backward pass of
+    all weights counts two, of adapters one.
+    """
+
+    evaluations: int
 
     def pipeline(self) -> Any:
         """A diffusers pipeline that shares the live weights."""

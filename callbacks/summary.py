@@ -18,16 +18,19 @@ from callbacks.ema import averaged
 from callbacks.sample_grid import inference
 from callbacks.stage import stage
 from callbacks.throughput import Throughput, peak_memory_bytes
-from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
+from lightning_modules.evaluation.scenes import SceneBenchmark, means, outcomes
 
 SUMMARY = "summary.json"
+OUTCOMES = "outcomes.json"
 
 
 class Summary(Callback):
     """Writes <log_dir>/summary.json when training has ended, evaluated with the averaged weights.
 
     Holds the benchmark's metrics, the last losses, `seconds` (first to last optimiser step), `setup_seconds` (before),
-    `eval_seconds` (the benchmark), what Throughput counted, seed, versions and git commit. List it after Export.
+    `eval_seconds` (the benchmark), `evaluations` (of the transformer, where the module counts them), what Throughput
+    counted, seed, versions and git commit; outcomes.json beside it holds the benchmark's outcome scene by scene. List
+    it after Export.
 
     Args:
         benchmark: scenes to evaluate on; None where the data has no ground truth.
@@ -49,7 +52,9 @@ class Summary(Callback):
         started, metrics = time.perf_counter(), dict[str, float]()
         if self.benchmark is not None:
             with averaged(trainer, pl_module, full_precision=True), inference(trainer, pl_module):
-                metrics = evaluate(stage(pl_module).pipeline(), self.benchmark)
+                found = outcomes(stage(pl_module).pipeline(), self.benchmark)
+            replace_file(folder / OUTCOMES, lambda file: file.write(json.dumps(found).encode()))
+            metrics = means(found, self.benchmark)
         summary = {
             **metrics,
             **{
@@ -59,6 +64,7 @@ class Summary(Callback):
             },
             "setup_seconds": self._setup_seconds,
             "eval_seconds": time.perf_counter() - started,
+            "evaluations": getattr(pl_module, "evaluations", None),
             **throughput(trainer),
             "benchmark": None if self.benchmark is None else asdict(self.benchmark),
             "steps": trainer.global_step,

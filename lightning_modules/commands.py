@@ -84,14 +84,19 @@ def read_config(path: Path) -> dict:
 def overridden(config: dict, words: Sequence[str]) -> dict:
     """The config with overrides, alternately a dotted name ("--benchmark.count") and a value in YAML."""
     for name, value in zip(words[::2], words[1::2], strict=True):
-        *path, last = name.removeprefix("--").split(".")
-        inner = config
-        for key in path:
-            inner = inner.setdefault(key, {})
-            if not isinstance(inner, dict):
-                raise InputError(f"{name}: {key} is {inner!r} in the config, which has no fields")
-        inner[last] = yaml.safe_load(value)
+        place(config, name.removeprefix("--"), yaml.safe_load(value))
     return config
+
+
+def place(config: dict, dotted: str, value: Any) -> None:
+    """Sets a field by its dotted name, such as "benchmark.count"."""
+    *path, last = dotted.split(".")
+    inner = config
+    for key in path:
+        inner = inner.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"--{dotted}: {key} is {inner!r} in the config, which has no fields")
+    inner[last] = value
 
 
 def run_name(config: Path) -> str:

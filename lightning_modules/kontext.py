@@ -107,6 +107,7 @@ class KontextModule(L.LightningModule):
         self.optimizer_settings, self.timesteps, self.dropout = optimizer, timesteps, dropout
         self.task_weights, self.max_sequence_length = task_weights or {}, max_sequence_length
         self.text_cache, self.compile_blocks = text_cache, compile
+        self.evaluations = 0
         self.transformer: Any = None
         self._pipeline: KontextPipeline | None = None
         self._encoder: LatentEncoder | None = None
@@ -183,6 +184,7 @@ class KontextModule(L.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         loss = self.flow_matching_loss(batch)
+        self.evaluations += 3 * len(batch)  # forward, and backward at twice its cost
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log(f"train/loss_{batch.task}", loss, batch_size=len(batch))
         return loss
@@ -292,8 +294,12 @@ class KontextModule(L.LightningModule):
         assert self._gradients is not None, "configure_optimizers has not run"
         return self._gradients.norm()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["evaluations"] = self.evaluations
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names every weight that does not fit before any is copied."""
+        self.evaluations = checkpoint.get("evaluations", 0)
         check_state(Path(self.pretrained), self.state_dict(), checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:

@@ -25,6 +25,7 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
@@ -91,6 +92,8 @@ class ReinforceModule(L.LightningModule):
             raise InputError(
                 f"latent_kl compares stochastic steps, which {type(algorithm).__name__} has not; use velocity_kl"
             )
+        if regularisation.reference is not None and lora is not None:
+            raise InputError("regularisation.reference: adapters' reference is what they are added to; leave it out")
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
@@ -121,6 +124,9 @@ class ReinforceModule(L.LightningModule):
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
+        if (folder := self.regularisation.reference) is not None:
+            other = load_frozen(checkpoint_folder(folder), self.transformer)
+            self.snapshots.put("reference", {f"transformer.{name}": p for name, p in other.named_parameters()})
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
 
     def on_fit_start(self) -> None:

@@ -80,6 +80,8 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     small = yaml.safe_load(micro_config(tmp_path).read_text())
     config = yaml.safe_load(path.read_text())
     config["model"]["init_args"] |= {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
+    for teacher in config["model"]["init_args"].get("teachers", {}).values():
+        teacher["folder"] = small["model"]["init_args"]["pretrained"]
     if "rewards" in config["model"]["init_args"]:  # an untrained policy draws no scenes: all would be worth nothing
         config["model"]["init_args"]["rewards"] = {"bright": {"reward": {"class_path": "micro.Brightness"}}}
         config["model"]["init_args"]["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 2}

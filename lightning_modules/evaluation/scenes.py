@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
@@ -22,6 +22,7 @@ from data_pipeline.scenes.world import LEVELS
 from lightning_modules.pipelines import KontextPipeline
 
 T = TypeVar("T")
+GUIDANCE = "_guidance_"  # before the scale, in the name of a metric at other than the first
 
 
 @dataclass
@@ -75,39 +76,63 @@ class SceneBenchmark:
 
 def evaluate(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, float]:
     """All metrics of the benchmark, each a share in [0, 1]."""
+    return means(outcomes(pipeline, settings), settings)
+
+
+def held_out(settings: SceneBenchmark) -> tuple[list[Caption], list[Edit]]:
+    """The captions and the edits, in their order."""
     captions, _ = benchmark(settings.captions_at, settings.count, settings.seed, settings.held_out_tasks)
-    _, edits = benchmark(settings.level, settings.count, settings.seed)
-    metrics: dict[str, float] = {}
+    return captions, benchmark(settings.level, settings.count, settings.seed)[1]
+
+
+def outcomes(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, list[float]]:
+    """What became of each caption (`t2i_success`) and of each edit (`edit_success`, `preservation`), in their order."""
+    captions, edits = held_out(settings)
+    found: dict[str, list[float]] = {}
     for scale in settings.guidance_scales:
-        suffix = "" if scale == settings.guidance_scales[0] else f"_guidance_{scale:g}"
-        found: dict[str, float] = {}
+        suffix = "" if scale == settings.guidance_scales[0] else f"{GUIDANCE}{scale:g}"
         if "text_to_image" in settings.tasks:
-            found |= score_captions(pipeline, captions, settings, scale)
+            found[f"t2i_success{suffix}"] = score_captions(pipeline, captions, settings, scale)
         if "edit" in settings.tasks:
-            found |= score_edits(pipeline, edits, settings, scale)
-        metrics |= {f"{name}{suffix}": value for name, value in found.items()}
+            scored = score_edits(pipeline, edits, settings, scale)
+            found |= {f"{name}{suffix}": values for name, values in scored.items()}
+    return found
+
+
+def means(found: Mapping[str, Sequence[float]], settings: SceneBenchmark) -> dict[str, float]:
+    """Means of outcomes: `t2i_success`, and the same for each GenEval task; `edit_success`, and the same for each kind
+    of edit; `preservation`, the share of untouched cells unchanged."""
+    captions, edits = held_out(settings)
+    kinds = {"t2i_success": [c.task for c in captions], "edit_success": [e.kind for e in edits]}
+    metrics: dict[str, float] = {}
+    for name, values in found.items():
+        base, guidance, scale = name.partition(GUIDANCE)
+        by_kind: dict[str, list[float]] = defaultdict(list)
+        for kind, value in zip(kinds.get(base, []), values, strict=base in kinds):
+            by_kind[kind].append(value)
+        metrics[name] = fmean(values)
+        metrics |= {f"{base}_{kind}{guidance}{scale}": fmean(by_kind[kind]) for kind in sorted(by_kind)}
     return metrics
 
 
 def score_captions(
     pipeline: KontextPipeline, captions: Sequence[Caption], settings: SceneBenchmark, guidance_scale: float
-) -> dict[str, float]:
-    """`t2i_success`, and the same for each GenEval task."""
-    by_task: dict[str, list[bool]] = defaultdict(list)
+) -> list[float]:
+    """Of each caption whether its picture shows what it says."""
+    found: list[float] = []
     for number, chunk in batches(captions, settings.batch_size):
         prompts = [caption.text for caption in chunk]
         pictures = generate(pipeline, prompts, None, settings, guidance_scale, number)
         for caption, picture in zip(chunk, pictures, strict=True):
-            by_task[caption.task].append(satisfied(caption, read(picture, settings.captions_at).scene))
-    every = [success for successes in by_task.values() for success in successes]
-    return {"t2i_success": fmean(every), **{f"t2i_success_{task}": fmean(s) for task, s in sorted(by_task.items())}}
+            found.append(int(satisfied(caption, read(picture, settings.captions_at).scene)))
+    return found
 
 
 def score_edits(
     pipeline: KontextPipeline, edits: Sequence[Edit], settings: SceneBenchmark, guidance_scale: float
-) -> dict[str, float]:
-    """`edit_success`, the same for each kind of edit, and `preservation` (share of untouched cells unchanged)."""
-    by_kind: dict[str, list[bool]] = defaultdict(list)
+) -> dict[str, list[float]]:
+    """Of each edit whether all is as instructed, and the share of untouched cells unchanged."""
+    done: list[float] = []
     kept: list[float] = []
     for number, chunk in batches(edits, settings.batch_size):
         sources = [Image.fromarray(render(edit.source)) for edit in chunk]
@@ -115,11 +140,9 @@ def score_edits(
         pictures = generate(pipeline, instructions, sources, settings, guidance_scale, number)
         for edit, picture in zip(chunk, pictures, strict=True):
             reading = read(picture, settings.level)
-            by_kind[edit.kind].append(edit_success(edit, reading))
+            done.append(int(edit_success(edit, reading)))
             kept.append(preservation(edit, reading))
-    every = [success for successes in by_kind.values() for success in successes]
-    kinds = {f"edit_success_{kind}": fmean(successes) for kind, successes in sorted(by_kind.items())}
-    return {"edit_success": fmean(every), "preservation": fmean(kept), **kinds}
+    return {"edit_success": done, "preservation": kept}
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lightning_modules.networks.adapters import has_adapters, merged_state
 from lightning_modules.networks.attention import KontextAttnProcessor
-from lightning_modules.networks.loading import CheckpointError, check_weights
+from lightning_modules.networks.loading import CheckpointError, check_weights, require_parts
 
 STOCK_CLASS = "SD3Transformer2DModel"  # the name that stock diffusers loads
+CONDITIONS = ("in_channels", "joint_attention_dim", "pooled_projection_dim")  # what a model is asked with
 KNOWN_CLASSES = {STOCK_CLASS, "SD3Transformer2DKontextModel", "KontextTransformer"}
 
 References = Float[Tensor, "b c _ _"] | Sequence[Sequence[Float[Tensor, "c _ _"]]]  # of sizes of their own
@@ -137,3 +138,15 @@ class KontextTransformer(SD3Transformer2DModel):
         path.write_text(
             path.read_text().replace(f'"_class_name": "{type(self).__name__}"', f'"_class_name": "{STOCK_CLASS}"')
         )
+
+
+def load_frozen(folder: Path, like: KontextTransformer) -> KontextTransformer:
+    """The transformer of another checkpoint folder, frozen; it must take the latents and embeddings of this one."""
+    require_parts(folder, ("transformer",))
+    found = KontextTransformer.from_pretrained(folder, subfolder="transformer")
+    for name in CONDITIONS:
+        if found.config[name] != like.config[name]:
+            raise CheckpointError(
+                f"{folder} has {name} {found.config[name]}, and the trained model {like.config[name]}"
+            )
+    return found.requires_grad_(False).eval()

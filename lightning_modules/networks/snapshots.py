@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_modules.networks.loading import CheckpointError
+
 
 class Snapshots:
     """Named copies of parameters, and the network under one of them, with the graph that is compiled already.
@@ -30,6 +32,13 @@ class Snapshots:
         self.copies = {
             name: {key: tensor.to(device) for key, tensor in copy.items()} for name, copy in self.copies.items()
         }
+
+    @torch.no_grad()
+    def put(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Takes weights of the same names and shapes for a copy."""
+        if {key: w.shape for key, w in weights.items()} != {key: p.shape for key, p in self.parameters.items()}:
+            raise CheckpointError(f"the weights for the {name} are of another architecture than what is trained")
+        self.copies[name] = {key: weights[key].detach().clone().to(p) for key, p in self.parameters.items()}
 
     @torch.no_grad()
     def approach(self, name: str, share: float) -> None:

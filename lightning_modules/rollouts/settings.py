@@ -44,9 +44,10 @@ class Regularisation:
     """What holds the policy back.
 
     Attributes:
-        velocity_kl: weight of the mean squared difference of its velocity from the reference's, which are the weights
-            that training starts from.
+        velocity_kl: weight of the mean squared difference of its velocity from the reference's.
         latent_kl: weight of the KL divergence of its stochastic steps from the reference's, as Flow-GRPO has it.
+        reference: checkpoint folder of that reference, such as the model that an earlier stage began with; None takes
+            the weights that training starts from, which a stage's export holds merged. Adapters have no other.
         ema_kl: weight of the difference of its velocity from that of its own moving average.
         ema_decay: of that average.
         supervised: weight of the flow-matching loss on the prompts' own targets.
@@ -56,6 +57,7 @@ class Regularisation:
 
     velocity_kl: float = 0.0
     latent_kl: float = 0.0
+    reference: str | None = None
     ema_kl: float = 0.0
     ema_decay: float = 0.95
     supervised: float = 0.0
@@ -65,6 +67,8 @@ class Regularisation:
     def __post_init__(self) -> None:
         if min(self.velocity_kl, self.latent_kl, self.ema_kl, self.supervised) < 0 or self.max_grad_norm <= 0:
             raise InputError(f"regularisation: weights are at least 0, max_grad_norm is above 0; got {self}")
+        if self.reference is not None and self.velocity_kl + self.latent_kl == 0:
+            raise InputError("regularisation.reference is of no use without velocity_kl or latent_kl; set one above 0")
         if not 0 < self.old_rate <= 1 or not 0 <= self.ema_decay < 1:
             raise InputError(f"regularisation: 0 < old_rate <= 1 and 0 <= ema_decay < 1; got {self}")
 

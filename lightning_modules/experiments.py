@@ -1,0 +1,299 @@
+"""python -m lightning_modules.experiments -c configs/experiments/<name>.yaml [--only ARM ...] [--seeds N ...]
+
+Arms x seeds x chains of runs. Each run is a process of its own (`lightning_modules.cli fit`) under a name made of what
+decides its result, so that it is run once wherever it occurs, skipped once it is finished, and resumed where it was
+interrupted. The table and its chart are made of finished runs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from jsonargparse import ArgumentParser
+
+from callbacks.atomic import replace_file
+from callbacks.checkpoint import checkpoints
+from callbacks.summary import OUTCOMES, SUMMARY
+from data_pipeline.errors import InputError
+from lightning_modules.commands import RUNS, place, read_config, run_name
+from lightning_modules.evaluation import gain_chart
+from lightning_modules.evaluation.comparison import Trial, compare, markdown, record
+from lightning_modules.networks.loading import CheckpointError
+
+PRETRAINED = "model.init_args.pretrained"
+PREVIOUS = "previous"
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One run of a chain: a config, and what is changed in it.
+
+    Attributes:
+        config: of the run.
+        set: values by dotted name.
+        callbacks: settings by the names of callbacks; null leaves one out, and one that the config lacks comes first.
+        take: what takes the export of an earlier link of the chain, by dotted name; "previous" is the link before.
+        build: folders of shards that the run needs, with the recipes that build them.
+        seed: instead of the experiment's: the run is the same for all seeds.
+        in_place: the run is the one that `fit -c CONFIG` makes for everyone, with nothing changed in it.
+        minutes: what it is expected to take, for the plan.
+    """
+
+    config: Path
+    set: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    take: dict[str, str] = field(default_factory=lambda: {PRETRAINED: PREVIOUS})
+    build: dict[str, Path] = field(default_factory=dict)
+    seed: int | None = None
+    in_place: bool = False
+    minutes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared.
+
+    Attributes:
+        links: runs by name.
+        arms: chains of links by name; the last link's outcomes are the arm's.
+        baseline: the arm that others are compared with.
+        columns: of the table: outcomes by title, the best of which is taken.
+        seeds: of every arm.
+        set: values by dotted name, in all links but those in place.
+    """
+
+    links: dict[str, Link]
+    arms: dict[str, list[str]]
+    baseline: str
+    columns: dict[str, list[str]]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    set: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.arms:
+            raise InputError(f"the baseline {self.baseline} is none of the arms {', '.join(self.arms)}")
+        for arm, chain in self.arms.items():
+            for number, name in enumerate(chain):
+                if name not in self.links:
+                    raise InputError(f"arm {arm} names the link {name}; there are {', '.join(self.links)}")
+                unknown = set(self.links[name].take.values()) - {PREVIOUS, *chain[:number]}
+                if unknown and number:
+                    raise InputError(f"arm {arm}: {name} takes from {', '.join(sorted(unknown))}, not before it there")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A link in its place in a chain; `name` is that of its folder below runs/."""
+
+    link: Link
+    name: str
+    config: Path
+    content: dict[str, Any]
+
+    @property
+    def version(self) -> Path:
+        """The folder of its last finished version; before there is one, what will lead to it."""
+        latest = RUNS / self.name / "latest"
+        return latest.parent / latest.readlink() if latest.is_symlink() else latest
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has written its summary."""
+        return (self.version / SUMMARY).is_file()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a version of it was interrupted after a checkpoint."""
+        versions = (RUNS / self.name).glob("version_*")
+        return any(checkpoints(v / "checkpoints") and not (v / SUMMARY).exists() for v in versions)
+
+    def fit(self) -> None:
+        """Runs it to its end; what it prints goes to log.txt in its folder."""
+        fit = ["lightning_modules.cli", "fit", "-c", str(self.config)]
+        if not self.link.in_place:
+            text = yaml.safe_dump(self.content, sort_keys=False, width=120)
+            write(self.config, f"# python -m {' '.join(fit)}\n{text}")
+        for folder, recipe in self.link.build.items():
+            self.call(["data_pipeline", "build", "-c", str(recipe), "--output", folder])
+        self.call([*fit, "--resume"] if self.resumable else fit)
+        if not self.finished:
+            raise InputError(f"{self.name} wrote no {SUMMARY}; see {RUNS / self.name / LOG}")
+
+    def call(self, module: Sequence[str]) -> None:
+        """One command as a process of its own."""
+        log = RUNS / self.name / LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            code = subprocess.run([sys.executable, "-m", *module], stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+            raise InputError(
+                f"{self.name}: {' '.join(module[:2])} ended with status {code}: {''.join(last)} (see {log})"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is missing and writes the table; 1 where runs failed, 2 after a user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_modules.experiments", description=__doc__)
+    parser.add_argument("-c", "--config", type=Path, required=True, help="an experiment of configs/experiments")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="run these arms alone")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="in place of the config's")
+    parser.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--table", action="store_true", help="write the table of what is finished, and run nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        experiment, folder = read(arguments.config), RUNS / run_name(arguments.config)
+        arms, seeds = arguments.only or list(experiment.arms), arguments.seeds or experiment.seeds
+        if unknown := sorted(set(arms) - set(experiment.arms)):
+            raise InputError(f"--only names {', '.join(unknown)}; the arms are {', '.join(experiment.arms)}")
+        if arguments.plan:
+            print("\n".join(plan(experiment, folder.name, arms, seeds)))
+            return 0
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            failed = [] if arguments.table else list(run_missing(experiment, folder, arms, seeds))
+            print(table(experiment, folder, seeds))
+    except (InputError, CheckpointError, OSError, Timeout) as error:
+        busy = f"another process runs {arguments.config}; wait for it"
+        print(f"error: {busy if isinstance(error, Timeout) else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print("\n".join([*failed, f"look at {folder / 'results.md'} and {folder / 'gains.svg'}"]))
+    return 1 if failed else 0
+
+
+def read(path: Path) -> Experiment:
+    """An experiment's config, type-checked."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Experiment, "experiment")
+    try:
+        return parser.instantiate(parser.parse_object({"experiment": content})).experiment
+    except InputError:
+        raise
+    except Exception as error:  # jsonargparse reports a user's mistake by several types
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def chain(experiment: Experiment, name: str, arm: str, seed: int) -> Iterator[Run]:
+    """An arm's runs in turn; each knows the finished versions of those before it once it is asked for."""
+    earlier: dict[str, Run] = {}
+    for link_name in experiment.arms[arm]:
+        link = experiment.links[link_name]
+        if link.in_place:
+            made = Run(link, run_name(link.config), link.config, {})
+        else:
+            content = effective(experiment.set, link, seed, earlier)
+            decides = [content, sorted({str(run.version) for run in earlier.values()})]
+            digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+            own = f"experiments/{name}/{link_name}/seed_{content['seed_everything']}-{digest}"
+            made = Run(link, own, RUNS / "configs" / f"{own}.yaml", content)
+        yield made
+        earlier[link_name] = earlier[PREVIOUS] = made
+
+
+def effective(common: Mapping[str, Any], link: Link, seed: int, earlier: Mapping[str, Run]) -> dict[str, Any]:
+    """A link's config with all that is changed in it."""
+    content = read_config(link.config)
+    for dotted, value in {**common, **link.set}.items():
+        place(content, dotted, deepcopy(value))
+    place(content, "seed_everything", seed if link.seed is None else link.seed)
+    for dotted, name in link.take.items() if earlier else ():
+        place(content, dotted, str(earlier[name].version / "export"))
+    listed = content.get("trainer", {}).get("callbacks") or []
+    for name, settings in link.callbacks.items():
+        there = [entry for entry in listed if entry["class_path"].rpartition(".")[2] == name]
+        if settings is None:
+            listed = [entry for entry in listed if entry not in there]
+        elif there:
+            there[0]["init_args"] = {**there[0].get("init_args", {}), **settings}
+        else:
+            listed = [{"class_path": f"callbacks.{name}", "init_args": settings}, *listed]
+    place(content, "trainer.callbacks", listed)
+    return content
+
+
+def plan(experiment: Experiment, name: str, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+    """What would run, in lines."""
+    seen: dict[str, Run] = {}
+    widths = [max(len(text) for text in texts) for texts in (arms, [" > ".join(experiment.arms[arm]) for arm in arms])]
+    for arm in arms:
+        runs = [list(chain(experiment, name, arm, seed)) for seed in seeds]
+        done = sum(all(run.finished for run in one) for one in runs)
+        seen |= {run.name: run for one in runs for run in one}
+        links = " > ".join(experiment.arms[arm])
+        yield f"{arm:<{widths[0]}}  {links:<{widths[1]}}  seeds {', '.join(map(str, seeds))}: {done} done"
+    missing = [run for run in seen.values() if not run.finished]
+    minutes = sum(run.link.minutes for run in missing)
+    yield f"{len(seen)} runs, {len(missing)} of them to run: about {minutes:.0f} minutes"
+
+
+def run_missing(experiment: Experiment, folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+    """Runs what is not finished, all arms of one seed before the next; yields what failed, and goes on with others."""
+    for seed in seeds:
+        for arm in arms:
+            try:
+                for each in chain(experiment, folder.name, arm, seed):
+                    if not each.finished:
+                        started = time.monotonic()
+                        print(f"{arm}, seed {seed}: {each.name}", flush=True)
+                        each.fit()
+                        print(f"  {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+            except InputError as error:
+                print(f"  {error}", flush=True)
+                yield f"failed: {error}"
+            table(experiment, folder, seeds)
+
+
+def table(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> str:
+    """Writes results.md, results.json and gains.svg of what is finished; returns the first."""
+    trials: dict[str, list[Trial]] = {}
+    wanted: dict[str, int] = {}
+    for arm in experiment.arms:
+        every = [list(chain(experiment, folder.name, arm, seed)) for seed in sorted({*experiment.seeds, *seeds})]
+        runs = {one[-1].name: one for one in every}
+        wanted[arm] = len(runs)
+        trials[arm] = [trial(one) for one in runs.values() if all(run.finished for run in one)]
+    rows = compare(trials, wanted, experiment.columns, experiment.baseline)
+    plain = {"baseline": experiment.baseline, "rows": [*map(record, rows)]}
+    write(folder / "results.json", json.dumps(plain, indent=2) + "\n")
+    write(folder / "results.md", text := markdown(rows, experiment.baseline))
+    write(folder / "gains.svg", gain_chart.draw(rows, experiment.baseline))
+    return text
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file at once."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def trial(runs: Sequence[Run]) -> Trial:
+    """What a finished chain came to; what runs in place cost is not counted."""
+    path = runs[-1].version / OUTCOMES
+    if not path.is_file():
+        raise InputError(f"{runs[-1].name} has no {OUTCOMES}: the last link of an arm needs a benchmark")
+    own = [json.loads((run.version / SUMMARY).read_text()) for run in runs if not run.link.in_place]
+    spent = (sum(summary.get(name) or 0 for summary in own) for name in ("evaluations", "seconds"))
+    return Trial(json.loads(path.read_text()), *spent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

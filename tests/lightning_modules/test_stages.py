@@ -1,0 +1,117 @@
+"""Reinforcement of two tasks in one run, and what a stage is held to: its own start, or that of an earlier stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from micro import Brightness, micro_folder
+from torch.utils.data import DataLoader, IterableDataset
+
+from data_pipeline.batches import ImageBatch
+from data_pipeline.errors import InputError
+from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks.adapters import Lora
+from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.reinforce import ReinforceModule
+from lightning_modules.rewards.weighted import Weighted
+from lightning_modules.rollouts.algorithms import DiffusionNFT
+from lightning_modules.rollouts.records import Rollout
+from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.schedule import AdamW
+
+
+def prompts(number: int, task: str, count: int = 3) -> ImageBatch:
+    generator = torch.Generator().manual_seed(number)
+    references = torch.rand(count, 1, 3, 32, 32, generator=generator) * 2 - 1
+    return ImageBatch(
+        tasks=[task] * count,
+        keys=[f"{task}-{number}-{i}" for i in range(count)],
+        sample_ids=torch.arange(count) + 10 * number,
+        epochs=torch.zeros(count, dtype=torch.int64),
+        prompts=[f"make it {i}" for i in range(count)],
+        target=torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1,
+        references=references if task == "edit" else None,
+    )
+
+
+class Alternating(IterableDataset):
+    """Batches of prompts of either task in turn."""
+
+    def __iter__(self):
+        return (prompts(i, ("edit", "text_to_image")[i % 2]) for i in range(100))
+
+
+def made(folder: Path, **changes: object) -> ReinforceModule:
+    settings = {
+        "sampling": Sampling(group_size=2, groups=4, micro_groups=2, num_inference_steps=2),
+        "optimizer": AdamW(lr=1e-3, warmup_steps=0, weight_decay=0.0),
+        "steps": 20,
+        **changes,
+    }
+    return ReinforceModule(str(folder), {"bright": Weighted(Brightness())}, DiffusionNFT(), **settings)
+
+
+def trained(module: ReinforceModule, steps: int, root: Path) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, default_root_dir=root,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Alternating(), batch_size=None))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return micro_folder(tmp_path_factory.mktemp("stages") / "start")
+
+
+def test_one_run_learns_from_groups_of_both_tasks(folder: Path, tmp_path: Path) -> None:
+    module, updates, logged = made(folder), [], set()
+    improve = module.improve
+
+    def noted(rollouts: list[Rollout], batch: ImageBatch) -> None:
+        updates.append([(rollout.task, rollout.references is not None, len(rollout.keys)) for rollout in rollouts])
+        improve(rollouts, batch)
+
+    module.improve, module.log = noted, lambda name, *_, **__: logged.add(name)
+    trained(module, 2, tmp_path)
+    # Three groups of each task are two batches of two, and one of each is left out: no batch is of two tasks.
+    assert updates == [[("edit", True, 2), ("text_to_image", False, 2)]] * 2
+    assert {"reward/edit", "reward/text_to_image", "pictures/edit_diversity"} <= logged
+    assert module.pictures == 2 * 2 * 3 * 2 and module.evaluations == 24 * 2 + 16 * 4 * 3
+
+
+def test_a_stage_is_held_to_its_start_or_to_an_earlier_ones(folder: Path, tmp_path: Path) -> None:
+    first = made(folder)
+    trained(first, 2, tmp_path)
+    first.pipeline().save_pretrained(tmp_path / "stage1")
+    start = dict(KontextTransformer.from_pretrained(folder, subfolder="transformer").named_parameters())
+    merged = dict(KontextTransformer.from_pretrained(tmp_path / "stage1", subfolder="transformer").named_parameters())
+    for reference, wanted in ((None, merged), (str(folder), start)):
+        held = made(tmp_path / "stage1", regularisation=Regularisation(velocity_kl=0.1, reference=reference))
+        held.configure_model()
+        copy = held.snapshots.copies["reference"]
+        assert all(torch.equal(weights, wanted[n.removeprefix("transformer.")]) for n, weights in copy.items())
+    assert not torch.equal(start["proj_out.weight"], merged["proj_out.weight"])
+    # Held to the model before stage 1, stage 2 begins away from it and comes nearer.
+    strayed: list[float] = []
+    held.log = lambda name, value, **_: strayed.append(float(value)) if name == "train/velocity_kl" else None
+    held.regularisation.velocity_kl = 1e4
+    trained(held, 8, tmp_path)
+    assert strayed[0] > 0 and max(strayed[-2:]) < 0.7 * strayed[0]
+
+
+def test_references_that_are_of_no_use_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="of no use without"):
+        Regularisation(reference="runs/base")
+    with pytest.raises(InputError, match="what they are added to"):
+        made(folder, lora=Lora(2, 2), regularisation=Regularisation(velocity_kl=0.1, reference=str(folder)))
+    module = made(folder, regularisation=Regularisation(velocity_kl=0.1, reference=str(tmp_path)))
+    with pytest.raises(CheckpointError, match="model_index"):
+        module.configure_model()
+    module = made(folder)
+    module.configure_model()
+    with pytest.raises(CheckpointError, match="another architecture"):
+        module.snapshots.put("reference", {"transformer.proj_out.weight": torch.zeros(2, 2)})
