@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from micro import micro_config
+from micro import judged_shards, micro_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -25,14 +25,19 @@ def test_a_config_is_headed_by_its_command(path: Path) -> None:
 def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     small = yaml.safe_load(micro_config(tmp_path).read_text())
     config = yaml.safe_load(path.read_text())
-    config["model"]["init_args"] |= {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
+    model = config["model"]["init_args"]
+    changes = {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
+    model |= {name: value for name, value in changes.items() if name in model}
     if "rewards" in config["model"]["init_args"]:  # an untrained policy draws no scenes: all would be worth nothing
         config["model"]["init_args"]["rewards"] = {"bright": {"reward": {"class_path": "micro.Brightness"}}}
         config["model"]["init_args"]["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 2}
         config["model"]["init_args"]["advantages"] = {"kind": "group"}
     data = small["data"]["init_args"]
     config["data"]["init_args"] |= {k: data[k] for k in ("scenes", "shards", "batch_size", "val_batches")}
-    config["data"]["init_args"]["cache"] = {"folder": str(tmp_path / "latents")}
+    if "dimensions" in model:  # learns from scores, which plain scenes do not have
+        config["data"]["init_args"]["shards"] = [str(judged_shards(tmp_path / "judged"))]
+    else:
+        config["data"]["init_args"]["cache"] = {"folder": str(tmp_path / "latents")}
     config["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
     config["trainer"]["callbacks"] = [
         c for c in config["trainer"]["callbacks"] if c["class_path"].split(".")[-1] not in ("SampleGrid", "Probe")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
-from data_pipeline.records import Record
+from data_pipeline.records import Record, Rejected
 from data_pipeline.scenes import ALL_LEVELS, edit_record, text_image_record
 from data_pipeline.sources.protocol import Unit, digest
 
@@ -35,7 +35,7 @@ class Scenes:
                 where = {"kind": kind, "start": start, "stop": min(start + records, count)}
                 yield Unit(f"{kind} scenes {start + 1}-{where['stop']}", where, digest(where))
 
-    def read(self, unit: Unit) -> Iterator[Record]:
+    def read(self, unit: Unit) -> Iterator[Record | Rejected]:
         """The records of a range of numbers, rendered."""
         make: Callable[[int, int, int, str], Record] = edit_record
         count = self.count_edit
