@@ -192,7 +192,8 @@ class ReinforceModule(L.LightningModule):
         found, totals = [], []
         for rollout, scores in scored:
             shape = (len(rollout.keys), self.sampling.group_size)
-            rollout.rewards = {name: values.reshape(shape).to(self.device) for name, values in scores.items()}
+            shaped = {name: values.reshape(shape).to(self.device) for name, values in scores.items()}
+            rollout.rewards = {name: values for name, values in shaped.items() if self.weights[name]}
             totals.append(weighted_sum(rollout.rewards, self.weights))
             useful = totals[-1].isfinite().all(dim=1) & self.advantages.useful(totals[-1].nan_to_num())
             if useful.any():
@@ -200,6 +201,10 @@ class ReinforceModule(L.LightningModule):
         total = torch.cat(totals)
         known = total.isfinite().all(dim=1)
         task = scored[0][0].task
+        for name in scored[0][1]:
+            values = torch.cat([scores[name] for _, scores in scored])
+            if values.isfinite().any():
+                self.log(f"reward/{task}/{name}", values[values.isfinite()].mean(), batch_size=1)
         if known.any():
             self.log(f"reward/{task}", total[known].mean(), prog_bar=True, batch_size=1)
             self.log(f"reward/{task}_std", total[known].std(dim=1).mean(), batch_size=1)

@@ -12,13 +12,25 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from data_pipeline.recipe import Recipe as DataRecipe
-from data_pipeline.sources import Scenes
+from data_pipeline.sources import Repeat, Scenes
+from data_pipeline.steps.keep_scores import KeepScores
+from data_pipeline.steps.scene_judge import SceneJudge
 from lightning_modules import pocket
+from lightning_modules.networks.tokenizers import phrase_tokenizer
+from lightning_modules.pipelines.sampled_edits import SampledEdits
 from lightning_modules.rewards.protocol import Request
 
 RECIPE = pocket.Recipe(
@@ -53,6 +65,40 @@ def micro_folder(path: Path) -> Path:
 def micro_shards(path: Path, text_image: int = 48, edit: int = 48, level: int = 1) -> Path:
     """Shards of scenes at `path`."""
     DataRecipe(Scenes(level, text_image, edit, 0), records_per_shard=40).build(path)
+    return path
+
+
+def judged_shards(path: Path, edits: int = 24, copies: int = 2) -> Path:
+    """Shards of edits by an untrained model, with the scene verifier's scores in their metadata."""
+    steps = [SampledEdits(str(built()), 64, [1.0], [1]), KeepScores(SceneJudge())]
+    DataRecipe(Repeat(Scenes(1, 0, edits, 0), copies), steps, records_per_shard=40).build(path)
+    return path
+
+
+def tiny_vlm(path: Path) -> Path:
+    """An untrained Qwen2.5-VL in transformers' layout, whose tokens are 32 x 32 pixels."""
+    tokenizer = phrase_tokenizer(["make the red circle blue", "keep everything"] * 10, 300, 10, 128)
+    names = [f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    keys = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    small = {"hidden_size": 32, "intermediate_size": 32}
+    positions = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"max_position_embeddings": 128, "rope_parameters": positions, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {"depth": 1, "num_heads": 2, "patch_size": 16, "window_size": 64, "out_hidden_size": 32}
+    config = Qwen2_5_VLConfig(
+        text_config={**text, **small},
+        vision_config={**vision, **small, "fullatt_block_indexes": [0]},
+        **{key: tokenizer.convert_tokens_to_ids(name) for key, name in zip(keys, names, strict=True)},
+    )
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(path)
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    each = "{{ '" + picture + "' if part['type'] == 'image' else part['text'] }}"
+    template = f"{{% for turn in messages %}}{{% for part in turn['content'] %}}{each}{{% endfor %}}{{% endfor %}}"
+    images = Qwen2VLImageProcessor(patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128})
+    video = Qwen2VLVideoProcessor(patch_size=16)
+    Qwen2_5_VLProcessor(images, tokenizer, video, chat_template=template).save_pretrained(path)
     return path
 
 

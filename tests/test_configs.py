@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from lightning import LightningDataModule, LightningModule
-from micro import micro_config
+from micro import judged_shards, micro_config
 
 from lightning_modules.cli import CLI
 from lightning_modules.networks import KontextTransformer
@@ -79,16 +79,21 @@ def test_the_preset_is_the_papers(path: Path) -> None:
 def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     small = yaml.safe_load(micro_config(tmp_path).read_text())
     config = yaml.safe_load(path.read_text())
-    config["model"]["init_args"] |= {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
-    for teacher in config["model"]["init_args"].get("teachers", {}).values():
-        teacher["folder"] = small["model"]["init_args"]["pretrained"]
+    model = config["model"]["init_args"]
+    changes = {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
+    model |= {name: value for name, value in changes.items() if name in model}
+    for teacher in model.get("teachers", {}).values():
+        teacher["folder"] = changes["pretrained"]
     if "rewards" in config["model"]["init_args"]:  # an untrained policy draws no scenes: all would be worth nothing
         config["model"]["init_args"]["rewards"] = {"bright": {"reward": {"class_path": "micro.Brightness"}}}
         config["model"]["init_args"]["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 2}
         config["model"]["init_args"]["advantages"] = {"kind": "group"}
     data = small["data"]["init_args"]
     config["data"]["init_args"] |= {k: data[k] for k in ("scenes", "shards", "batch_size", "val_batches")}
-    config["data"]["init_args"]["cache"] = {"folder": str(tmp_path / "latents")}
+    if "dimensions" in model:  # learns from scores, which plain scenes do not have
+        config["data"]["init_args"]["shards"] = [str(judged_shards(tmp_path / "judged"))]
+    else:
+        config["data"]["init_args"]["cache"] = {"folder": str(tmp_path / "latents")}
     config["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
     config["trainer"]["callbacks"] = [
         c for c in config["trainer"]["callbacks"] if c["class_path"].split(".")[-1] not in ("SampleGrid", "Probe")

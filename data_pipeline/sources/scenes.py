@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
-from data_pipeline.records import Record
+from data_pipeline.records import Record, Rejected
 from data_pipeline.scenes import ALL_LEVELS, FREE, TASK_WEIGHTS, edit_record, text_image_record
 from data_pipeline.sources.protocol import Unit, digest
 
@@ -49,7 +49,7 @@ class Scenes:
                 where = {"kind": kind, "start": start, "stop": min(start + records, count)}
                 yield Unit(f"{kind} scenes {start + 1}-{where['stop']}", where, digest(where))
 
-    def read(self, unit: Unit) -> Iterator[Record]:
+    def read(self, unit: Unit) -> Iterator[Record | Rejected]:
         """The records of a range of numbers, rendered."""
         captions = unit.where["kind"] == "text_image"
         count = self.count_text_image if captions else self.count_edit

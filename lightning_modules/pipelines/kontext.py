@@ -48,6 +48,7 @@ TEXT_ENCODERS = {
 }
 OUTPUTS = ("pil", "np", "pt", "latent")
 Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 class KontextPipeline(StableDiffusion3Pipeline):
@@ -140,7 +141,7 @@ class KontextPipeline(StableDiffusion3Pipeline):
         pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         max_sequence_length: int | None = None,
@@ -158,7 +159,7 @@ class KontextPipeline(StableDiffusion3Pipeline):
             negative_prompt: default "" for text-to-image and the released text for edits.
             prompt_embeds, pooled_prompt_embeds: instead of prompts.
             negative_prompt_embeds, negative_pooled_prompt_embeds: instead of negative prompts.
-            generator: of the noise and of the references' posterior samples.
+            generator: of the noise and of the references' posterior samples; or a list, one for each prompt.
             latents: initial noise (B, C, h, w).
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent".
             max_sequence_length: T5 tokens.
@@ -223,23 +224,24 @@ class KontextPipeline(StableDiffusion3Pipeline):
         return height, width
 
     def _encode_references(
-        self, references: list[list[Image.Image]], size: tuple[int, int], generator: torch.Generator | None
+        self, references: list[list[Image.Image]], size: tuple[int, int], generator: Generators
     ) -> Any:
         """Sampled posterior latents, as released: (B, C, h, w) for one each, else lists."""
         if all(len(images) == 1 for images in references):
             first = torch.stack([to_tensor(images[0].convert("RGB"), size) for images in references])
             return self._sample(first, generator)
         rows = []
-        for images in references:
+        for i, images in enumerate(references):
+            draws = generator[i] if isinstance(generator, list) else generator
             sizes = [size] if len(images) == 1 else [self._own_size(image) for image in images]
             pixels = [to_tensor(image.convert("RGB"), own) for image, own in zip(images, sizes, strict=True)]
-            rows.append([self._sample(p[None], generator)[0] for p in pixels])
+            rows.append([self._sample(p[None], draws)[0] for p in pixels])
         return rows
 
     def _own_size(self, image: Image.Image) -> tuple[int, int]:
         return fit_size(image.height, image.width, max(image.size), self.size_multiple)
 
-    def _sample(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _sample(self, pixels: Tensor, generator: Generators) -> Tensor:
         moments = encode_moments(self.vae, pixels.to(self._execution_device))
         mean = moments.chunk(2, dim=1)[0]
         noise = randn_tensor(mean.shape, generator=generator, device=mean.device)

@@ -100,7 +100,8 @@ def soft(metadata: Mapping[str, Any], found: Found) -> float:
     """Flow-GRPO's reward: the mean over clauses of 1 - |wanted - found| / wanted, of counts and of colours, and 1 or 0
     for positions; 0 for colour and position where the count is wrong.
 
-    Its server adds a 1 beside the 0 of a failed position, which halves instead of zeroing it; that is not done here.
+    As in its server, what a position refers to must itself be as wanted. Its server lets terms fall below 0, and adds a
+    1 beside the 0 of a failed position, which halves instead of zeroing it; neither is done here.
     """
     objects = confident(found, metadata.get("tag", ""))
     scores: list[float] = []
@@ -108,14 +109,16 @@ def soft(metadata: Mapping[str, Any], found: Found) -> float:
     for clause in metadata.get("include", ()):
         group, wanted = objects.get(clause["class"], []), clause["count"]
         scores.append(max(0.0, 1 - abs(wanted - len(group)) / wanted))
-        exact = len(group) == wanted
+        right = len(group) == wanted
         if "color" in clause:
             coloured = sum(d.colour == clause["color"] for d in group)
-            scores.append(max(0.0, 1 - abs(wanted - coloured) / wanted) if exact else 0.0)
+            scores.append(max(0.0, 1 - abs(wanted - coloured) / wanted) if right else 0.0)
+            right = right and coloured == wanted
         if "position" in clause:
             relation, other = clause["position"]
             anchors = groups[other]
             there = bool(anchors) and all(relation in relations(d, anchor) for d in group for anchor in anchors)
-            scores.append(float(exact and there))
-        groups.append(group)
+            right = right and there
+            scores.append(float(right))
+        groups.append(group if right else [])
     return sum(scores) / len(scores) if scores else 0.0

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from data_pipeline.scenes.captions import Caption, caption_from, satisfied
-from data_pipeline.scenes.edits import Edit, edit_success, preservation
+from data_pipeline.scenes.edits import Edit, edit_success
 from data_pipeline.scenes.verifier import Reading, read
 from data_pipeline.scenes.world import Object, parse
+from data_pipeline.steps.scene_judge import followed, kept
 from lightning_modules.rewards.protocol import Request
 
 
@@ -52,14 +53,7 @@ class SceneReward:
 
 def soft_edit(edit: Edit, reading: Reading) -> float:
     """Share of what the instruction changes that is as wanted, times the share of the rest that is as before."""
-    untouched = set(edit.untouched)
-    wrong = reading.background != edit.target.background
-    done = [reading.cells[c] == edit.target.at(c) for c in range(len(reading.cells)) if c not in untouched]
-    if edit.source.background != edit.target.background:
-        done.append(not wrong)
-    elif wrong:
-        return 0.0
-    return (sum(done) / len(done) if done else 1.0) * preservation(edit, reading)
+    return followed(edit, reading) * kept(edit, reading)
 
 
 def soft_caption(caption: Caption, reading: Reading) -> float:

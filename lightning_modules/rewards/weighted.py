@@ -19,22 +19,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Weighted:
-    """A reward, what it counts, and the tasks it judges (None: all)."""
+    """A reward, what it counts, and the tasks it judges (None: all). One of weight 0 is logged and teaches nothing, so
+    that a learned reward can be watched beside the truth on the same pictures."""
 
     reward: Reward
     weight: float = 1.0
     tasks: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight) or self.weight == 0:
-            raise InputError(f"the weight of a reward is {self.weight}; expected a number other than 0")
+        if not math.isfinite(self.weight):
+            raise InputError(f"the weight of a reward is {self.weight}; expected a finite number")
 
 
 def of_task(rewards: Mapping[str, Weighted], task: str) -> dict[str, Weighted]:
     """The rewards that judge a task; an InputError where there are none."""
     found = {name: each for name, each in rewards.items() if each.tasks is None or task in each.tasks}
-    if not found:
-        raise InputError(f"no reward judges the task {task!r}; name it in the tasks of one of {', '.join(rewards)}")
+    if not any(each.weight for each in found.values()):
+        raise InputError(
+            f"no reward judges the task {task!r}; name it in the tasks of one of {', '.join(rewards)} that has a weight"
+        )
     return found
 
 

@@ -67,3 +67,11 @@ def test_soft_rewards_by_hand() -> None:
     assert soft(PLACE, {"dog": [box(50, 0)], "cat": [box(0, 0)]}) == 1
     assert soft(PLACE, {"dog": [box(0, 0)], "cat": [box(50, 0)]}) == pytest.approx(2 / 3)
     assert soft(PLACE, {}) == 0
+
+
+def test_what_a_position_refers_to_must_itself_be_as_wanted() -> None:
+    two_dogs = {"dog": [box(50, 0), box(80, 0)], "cat": [box(0, 0)]}
+    assert soft(PLACE, two_dogs) == pytest.approx((0 + 1 + 0) / 3)
+    coloured = {**PLACE, "include": [{"class": "dog", "count": 1, "color": "red"}, PLACE["include"][1]]}
+    blue_dog = {"dog": [box(50, 0, colour="blue")], "cat": [box(0, 0)]}
+    assert soft(coloured, blue_dog) == pytest.approx((1 + 0 + 1 + 0) / 4)
