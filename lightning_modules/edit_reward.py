@@ -115,7 +115,7 @@ class EditRewardModule(L.LightningModule):
         """The judge's scores, 0 to 1."""
         rows = []
         for key, facts in zip(batch.keys, batch.metadata or [], strict=True):
-            scores = [facts.get(name) for name in self.dimensions.values()]
+            scores: list[Any] = [facts.get(name) for name in self.dimensions.values()]
             if not all(type(score) in (int, float) and 0 <= score <= self.highest for score in scores):
                 raise InputError(
                     f"record {key} has {dict(zip(self.dimensions.values(), scores, strict=True))} in its metadata; "
@@ -134,8 +134,8 @@ class EditRewardModule(L.LightningModule):
         self.seen.append((predicted.float().cpu(), judged.cpu(), groups))
 
     def on_validation_epoch_end(self) -> None:
-        predicted, judged = (torch.cat([entry[i] for entry in self.seen]) for i in (0, 1))
-        groups = [group for entry in self.seen for group in entry[2]]
+        predicted, judged = torch.cat([p for p, _, _ in self.seen]), torch.cat([j for _, j, _ in self.seen])
+        groups = [group for _, _, own in self.seen for group in own]
         columns = {name: (predicted[:, i], judged[:, i]) for i, name in enumerate(self.dimensions)}
         columns["reward"] = (predicted.clamp(0, 1).prod(dim=1), judged.prod(dim=1))
         for name, (found, wanted) in columns.items():

@@ -123,10 +123,11 @@ class TowerReader(nn.Module):
         super().__init__()
         self.settings, self.tokenizer, self.encoder = settings, tokenizer, encoder.requires_grad_(False).eval()
         self.width = settings.width
-        self.vision = timm.create_model(
+        vision: Any = timm.create_model(
             settings.name, in_chans=6, features_only=True, out_indices=(-1,), **settings.arguments
         )
-        (reduction,), (channels,) = self.vision.feature_info.reduction(), self.vision.feature_info.channels()
+        self.vision = vision
+        (reduction,), (channels,) = vision.feature_info.reduction(), vision.feature_info.channels()
         places = (settings.image_size // reduction) ** 2
         self.places = nn.Parameter(0.5 * torch.randn(1 + places, settings.width))  # the first is of no place
         self.seen, self.text = (nn.Linear(n, settings.width) for n in (channels, encoder.config.d_model))

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -20,7 +20,22 @@ from data_pipeline.transforms import decode, fit_size
 from lightning_modules.pipelines.kontext import KontextPipeline
 from lightning_modules.pipelines.scorers import folder_fingerprint
 
-Setting = tuple[float, int, int, int]  # guidance scale, steps, height, width
+
+class Setting(NamedTuple):
+    """How pictures are drawn; those of one setting in one batch."""
+
+    guidance_scale: float
+    num_inference_steps: int
+    height: int
+    width: int
+
+
+class Task(NamedTuple):
+    """A record and its pictures to edit."""
+
+    record: Record
+    sources: tuple[EncodedImage, ...]
+    pictures: list[Image.Image]
 
 
 @dataclass
@@ -66,40 +81,42 @@ class SampledEdits:
     def rewrite(self, records: Sequence[Record]) -> list[Record | Rejected]:
         """Each record with a picture of the model's own; what is no edit is rejected."""
         found: dict[str, Record | Rejected] = {}
-        groups: dict[Setting, list[tuple[Record, list[Image.Image]]]] = defaultdict(list)
+        groups: dict[Setting, list[Task]] = defaultdict(list)
         for record in records:
-            sources = [decode(image.data) for name, image in record.images.items() if name.startswith("source")]
+            sources = tuple(image for name, image in record.images.items() if name.startswith("source"))
             if isinstance(record, EditRecord | PromptRecord) and sources:
-                groups[self._setting(record, sources[0])].append((record, sources))
+                pictures = [decode(image.data) for image in sources]
+                groups[self._setting(record, pictures[0])].append(Task(record, sources, pictures))
             else:
                 found[record.key] = Rejected(record.key, "no edit", f"a record of kind {record.kind} without sources")
-        for setting, group in groups.items():
-            for (record, _), picture in zip(group, self._sample(setting, group), strict=True):
-                facts = {**record.metadata, "guidance_scale": setting[0], "num_inference_steps": setting[1]}
-                about: tuple[Any, ...] = (record.prompt, record.origin, record.licence, record.split, facts)
-                sources_ = tuple(image for name, image in record.images.items() if name.startswith("source"))
-                found[record.key] = EditRecord(record.key, sources_, encoded(picture), *about)
+        for setting, tasks in groups.items():
+            for (record, sources, _), picture in zip(tasks, self._sample(setting, tasks), strict=True):
+                drawn = {name: getattr(setting, name) for name in ("guidance_scale", "num_inference_steps")}
+                about = (record.prompt, record.origin, record.licence, record.split, {**record.metadata, **drawn})
+                found[record.key] = EditRecord(record.key, sources, encoded(picture), *about)
         return [found[record.key] for record in records]
 
     def _setting(self, record: Record, source: Image.Image) -> Setting:
         """What is drawn for a record, and its size."""
-        draws = [counter_seed(self.seed, name, 0, sample_id(record.key)) for name in ("guidance", "steps")]
-        scale = self.guidance_scales[draws[0] % len(self.guidance_scales)]
-        steps = self.num_inference_steps[draws[1] % len(self.num_inference_steps)]
-        return scale, steps, *fit_size(source.height, source.width, self.image_size, self._pipeline.size_multiple)
+        scale, steps = (
+            choices[counter_seed(self.seed, what, 0, sample_id(record.key)) % len(choices)]
+            for what, choices in (("guidance", self.guidance_scales), ("steps", self.num_inference_steps))
+        )
+        size = fit_size(source.height, source.width, self.image_size, self._pipeline.size_multiple)
+        return Setting(scale, int(steps), *size)
 
-    def _sample(self, setting: Setting, group: Sequence[tuple[Record, list[Image.Image]]]) -> list[Image.Image]:
+    def _sample(self, setting: Setting, tasks: Sequence[Task]) -> list[Image.Image]:
         """Pictures at one setting, in one batch."""
-        scale, steps, height, width = setting
+        ids = [sample_id(task.record.key) for task in tasks]
         return self._pipeline(
-            [record.prompt for record, _ in group],
-            image=[sources for _, sources in group],
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=scale,
+            [task.record.prompt for task in tasks],
+            image=[task.pictures for task in tasks],
+            height=setting.height,
+            width=setting.width,
+            num_inference_steps=setting.num_inference_steps,
+            guidance_scale=setting.guidance_scale,
             negative_prompt=self.negative_prompt,
-            generator=[generator(self.seed, "sampled edit", 0, sample_id(record.key)) for record, _ in group],
+            generator=[generator(self.seed, "sampled edit", 0, number) for number in ids],
             return_dict=False,
         )[0]
 

@@ -32,7 +32,7 @@ from lightning_modules.rewards.models import as_arrays
 from lightning_modules.rewards.protocol import Request
 
 VERDICTS = {"soft": soft, "strict": strict, "correct": correct}
-GREY = (0x99, 0x99, 0x99)  # what the official code puts in the place of all that is not the object
+GREY = np.full(3, 0x99, np.uint8)  # what the official code puts in the place of all that is not the object
 # The official classifier averages these, as CLIP's own zero-shot ones do.
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 # What detectors call the classes that GenEval names otherwise: COCO's own words, and darknet's.
@@ -130,7 +130,7 @@ class GenEval:
 def crop(picture: np.ndarray, seen: Seen) -> np.ndarray:
     """The object's box of a picture, all but the object grey where its mask is known."""
     if seen.mask is not None:
-        picture = np.where(seen.mask[..., None], picture, np.uint8(GREY))
+        picture = np.where(seen.mask[..., None], picture, GREY)
     left, top, right, bottom = (round(side) for side in seen.detection.box)
     box = left, top, max(right, left + 1), max(bottom, top + 1)
     return np.asarray(Image.fromarray(picture).crop(box))
