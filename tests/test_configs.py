@@ -89,7 +89,14 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
         config["model"]["init_args"]["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 2}
         config["model"]["init_args"]["advantages"] = {"kind": "group"}
     data = small["data"]["init_args"]
-    config["data"]["init_args"] |= {k: data[k] for k in ("scenes", "shards", "batch_size", "val_batches")}
+    own = config["data"]["init_args"]
+    own |= {k: data[k] for k in ("batch_size", "val_batches")}
+    if scenes := own.get("scenes"):
+        for each in scenes if isinstance(scenes, list) else [scenes]:
+            each |= {name: min(each[name], 32) for name in ("count_text_image", "count_edit")}
+            each["root"] = str(tmp_path / "scenes")
+    else:
+        own["shards"] = data["shards"]
     if "dimensions" in model:  # learns from scores, which plain scenes do not have
         config["data"]["init_args"]["shards"] = [str(judged_shards(tmp_path / "judged"))]
     else:
