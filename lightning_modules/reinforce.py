@@ -374,5 +374,6 @@ class ReinforceModule(L.LightningModule):
         check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
         saved = checkpoint["reinforce"]
         self.snapshots.copies = saved["copies"]
-        self.waiting = [Rollout.of(facts, tensors) for facts, tensors in saved["waiting"]]
+        waiting = saved["waiting"] if self.global_rank == 0 else []  # they are the first device's; others sample anew
+        self.waiting = [Rollout.of(facts, tensors) for facts, tensors in waiting]
         self.evaluations, self.pictures, self.trained, self.idle = saved["counts"]

@@ -30,7 +30,7 @@ def experiment(root: Path, **changes: object) -> Path:
         "set": {"benchmark": BENCHMARK, "trainer.val_check_interval": 100, "trainer.max_steps": 50},
         "links": {
             "base": {"config": config, "in_place": True, "minutes": 1.0},
-            "evaluate": {**stage, "seed": 0, "set": {"trainer.max_steps": 0}, "callbacks": CALLBACKS},
+            "evaluate": {**stage, "seed": 0, "set": {"trainer.limit_train_batches": 0}, "callbacks": CALLBACKS},
             "train": {**stage, "callbacks": {**CALLBACKS, "Budget": {"max_evaluations": 12}}},
             "more": {**stage, "callbacks": {**CALLBACKS, "Budget": {"max_evaluations": 6}}},
         },

@@ -87,10 +87,9 @@ class TransformersReader:
     def _parts(self) -> tuple[Any, Any, list[int]]:
         model = load_model(AutoModelForImageTextToText, Path(self.folder), None).eval().to(self.device)
         processor = AutoProcessor.from_pretrained(self.folder, local_files_only=True)
-        ends = np.ravel(model.generation_config.eos_token_id or processor.tokenizer.eos_token_id).tolist()
-        if TURN_END in processor.tokenizer.get_vocab():
-            ends.append(processor.tokenizer.convert_tokens_to_ids(TURN_END))
-        return model, processor, ends
+        stated, words = model.generation_config.eos_token_id, processor.tokenizer.get_vocab()
+        ends = np.ravel(processor.tokenizer.eos_token_id if stated is None else stated).tolist()
+        return model, processor, [*ends, *(words[word] for word in (TURN_END,) if word in words)]
 
     @torch.no_grad()
     def read(self, pictures: Sequence[np.ndarray]) -> list[str]:

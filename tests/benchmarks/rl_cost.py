@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import lightning as L
-import torch
+import torch._dynamo
 
 from data_pipeline.datamodule import ShardDataModule
 from lightning_modules.cli import CLI, quiet
@@ -124,5 +124,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.config.recompile_limit = 64  # two models share the code of their blocks
     sys.exit(main())
