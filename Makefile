@@ -7,21 +7,28 @@ export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8
 
 .PHONY: fit test test-slow lint bench data pdtr picture clean
 
+# Modules are compiled when they are first imported, which most of what is installed never is.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --editable
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(INSTALL) '.[dev]'
 	touch $@
 
 fit: $(VENV)/.installed
 	$(BIN)/python -m lightning_modules.cli fit -c configs/edit.yaml
 
-test: $(VENV)/.installed browser
+test: $(VENV)/.dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(VENV)/.installed
+test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout 3000
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import golden as golden_values
+import golden
 import pytest
 import torch
 
@@ -22,6 +22,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> partial[None]:
-    """golden(name, values) compares values with those of golden/<name>.json."""
-    return partial(golden_values.check, rewrite=request.config.getoption("--rewrite-golden"))
+def recorded(request: pytest.FixtureRequest) -> partial[list[object]]:
+    """recorded(name, values): what the values must equal by golden/<name>.json."""
+    return partial(golden.expected, rewrite=request.config.getoption("--rewrite-golden"))

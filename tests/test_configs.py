@@ -90,6 +90,7 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
         config["model"]["init_args"]["advantages"] = {"kind": "group"}
     data = small["data"]["init_args"]
     own = config["data"]["init_args"]
+    own.pop("batch_tokens", None)
     own |= {k: data[k] for k in ("batch_size", "val_batches")}
     if scenes := own.get("scenes"):
         for each in scenes if isinstance(scenes, list) else [scenes]:

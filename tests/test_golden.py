@@ -10,7 +10,7 @@ from pathlib import Path
 import golden as files
 import lightning as L
 import pytest
-from golden import BEGINNING, TOLERANCE, check
+from golden import BEGINNING, TOLERANCE, expected
 from micro import built
 from rl import made, prompts, trained
 
@@ -19,7 +19,7 @@ from lightning_modules.rollouts.algorithms import DiffusionNFT
 from lightning_modules.rollouts.settings import Regularisation, Sampling
 from lightning_modules.schedule import AdamW
 
-Golden = Callable[[str, Sequence[float]], None]
+Recorded = Callable[[str, Sequence[float]], list[object]]
 STEPS = 100
 OPTIMIZER = AdamW(lr=1e-3, warmup_steps=10)
 SAMPLING = Sampling(group_size=3, groups=1, micro_groups=1, num_inference_steps=2)
@@ -37,30 +37,32 @@ def losses(module: L.LightningModule, task: str, count: int, root: Path) -> list
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "edit"])
-def test_kontext(golden: Golden, task: str, tmp_path: Path) -> None:
+def test_kontext(recorded: Recorded, task: str, tmp_path: Path) -> None:
     module = KontextModule(str(built()), steps=STEPS, optimizer=OPTIMIZER)
-    golden(f"kontext_{task}", losses(module, task, 4, tmp_path))
+    found = losses(module, task, 4, tmp_path)
+    assert found == recorded(f"kontext_{task}", found)
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "edit"])
-def test_reinforcement(golden: Golden, task: str, tmp_path: Path) -> None:
+def test_reinforcement(recorded: Recorded, task: str, tmp_path: Path) -> None:
     settings = {"sampling": SAMPLING, "optimizer": OPTIMIZER, "steps": STEPS}
     module = made(
         str(built()), DiffusionNFT(points_per_picture=2), regularisation=Regularisation(old_rate=0.25), **settings
     )
-    golden(f"reinforce_{task}", losses(module, task, 1, tmp_path))
+    found = losses(module, task, 1, tmp_path)
+    assert found == recorded(f"reinforce_{task}", found)
 
 
 def test_values_are_compared_exactly_where_release_and_cpu_match(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(files, "FOLDER", tmp_path)
     values = [1 + i / 7 for i in range(2 * BEGINNING)]
     close = [v * (1 + TOLERANCE / 10) for v in values]
-    check("x", values, rewrite=True)
-    check("x", values)
-    with pytest.raises(AssertionError):
-        check("x", close)
+    assert expected("x", values, rewrite=True) == values
+    assert expected("x", values) == values
+    assert close != expected("x", close)
     stored = json.loads((tmp_path / "x.json").read_text())
     (tmp_path / "x.json").write_text(json.dumps({**stored, "torch": "another"}))
-    check("x", [*close[:BEGINNING], *([0.0] * BEGINNING)])
-    with pytest.raises(AssertionError):
-        check("x", [values[0] * (1 + 10 * TOLERANCE), *values[1:]])
+    later = [*close[:BEGINNING], *([0.0] * BEGINNING)]
+    assert later == expected("x", later)
+    far = [values[0] * (1 + 10 * TOLERANCE), *values[1:]]
+    assert far != expected("x", far)
