@@ -55,8 +55,13 @@ class KontextPipeline(StableDiffusion3Pipeline):
     """StableDiffusion3Pipeline whose transformer also takes reference pictures."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> KontextPipeline:
-        """Loads a checkpoint folder or hub id, `transformer/` always as KontextTransformer, safetensors only."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, text_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> KontextPipeline:
+        """Loads a checkpoint folder or hub id, `transformer/` always as KontextTransformer, safetensors only.
+
+        `text_dtype` is of the text encoders, where it is not that of all.
+        """
         folder = Path(pretrained_model_name_or_path)
         # Anything but a hub id, which is owner/name; where the owner's part is a folder here, a path was meant.
         if folder.exists() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
@@ -65,7 +70,7 @@ class KontextPipeline(StableDiffusion3Pipeline):
             check_weights(AutoencoderKL, folder / "vae", {"AutoencoderKL"})
             for part, encoder in TEXT_ENCODERS.items():
                 if (folder / part).is_dir() and part not in kwargs:
-                    kwargs[part] = load_text_encoder(encoder, folder / part, kwargs.get("torch_dtype"))
+                    kwargs[part] = load_text_encoder(encoder, folder / part, text_dtype or kwargs.get("torch_dtype"))
         if "transformer" not in kwargs:
             kwargs["transformer"] = KontextTransformer.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", torch_dtype=kwargs.get("torch_dtype")
