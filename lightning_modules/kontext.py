@@ -23,6 +23,7 @@ from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute, float8_blocks, recompute_blocks
 from lightning_modules.networks.flops import forward_flops
+from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.sharding import load_sharded
 from lightning_modules.pipelines import KontextPipeline
@@ -286,6 +287,10 @@ class KontextModule(L.LightningModule):
     def passes(self) -> int:
         """What a sample costs in forward passes: one, and backward at twice its cost, of adapters alone at once."""
         return 3 if self.lora is None else 2
+
+    def workload(self) -> Workload:
+        """What a sample costs, for plan."""
+        return Workload(self.passes)
 
     def training_flops(self, batch: ImageBatch) -> float:
         """Model FLOPs of one training step on this batch, without the frozen encoders and what is computed again."""

@@ -63,7 +63,10 @@ def recompute_blocks(transformer: Any, what: bool | int | Literal["cheap"]) -> N
     count = len(blocks) if what is True or what == "cheap" else int(what)
     if not 0 <= count <= len(blocks):
         raise CheckpointError(f"compute.recompute is {what}; this transformer has {len(blocks)} blocks")
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)} if what == "cheap" else {}
+    context: dict[str, Any] = {}
+    if what == "cheap":
+        context = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
+        context["respect_saved_tensors_hooks"] = True
     for block in blocks[:count]:
         # Nothing in a block draws at random. As an attribute of the block, it is compiled with it.
         block.forward = partial(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lightning_modules.networks.loading import (
     load_text_encoder,
     read_json,
     require_parts,
+    stored_shapes,
 )
 from lightning_modules.samplers.guidance import guide
 from lightning_modules.samplers.ode import euler
@@ -66,8 +68,8 @@ class KontextPipeline(StableDiffusion3Pipeline):
         # Anything but a hub id, which is owner/name; where the owner's part is a folder here, a path was meant.
         if folder.exists() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
             require_parts(folder, ("transformer", "vae", "scheduler"))
-            check_scheduler(folder / "scheduler")
-            check_weights(AutoencoderKL, folder / "vae", {"AutoencoderKL"})
+            for check in part_checks(folder):
+                check()
             for part, encoder in TEXT_ENCODERS.items():
                 if (folder / part).is_dir() and part not in kwargs:
                     kwargs[part] = load_text_encoder(encoder, folder / part, text_dtype or kwargs.get("torch_dtype"))
@@ -279,6 +281,16 @@ class KontextPipeline(StableDiffusion3Pipeline):
             return guide(v_negative, v_positive, scale)
 
         return velocity
+
+
+def part_checks(folder: Path) -> list[Callable[[], object]]:
+    """What is checked of a folder before anything of it is loaded; the transformer checks itself."""
+    texts = [part for part in TEXT_ENCODERS if (folder / part).is_dir()]
+    return [
+        partial(check_scheduler, folder / "scheduler"),
+        partial(check_weights, AutoencoderKL, folder / "vae", {"AutoencoderKL"}),
+        *(partial(stored_shapes, folder / part) for part in texts),
+    ]
 
 
 def check_scheduler(folder: Path) -> None:
