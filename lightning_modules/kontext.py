@@ -19,13 +19,14 @@ from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute, float8_blocks, recompute_blocks
+from lightning_modules.networks.compute import Compute, cast_weights, float8_blocks, recompute_blocks
 from lightning_modules.networks.flops import forward_flops
 from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.loading import check_state
-from lightning_modules.networks.sharding import load_sharded
+from lightning_modules.networks.sharding import full_state, load_sharded
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
@@ -148,7 +149,7 @@ class KontextModule(L.LightningModule):
         if self.lora is not None:
             add_lora(self.transformer, self.lora, self.seed)
         if not sharded:
-            self.transformer.to(self.compute.weights_dtype)
+            cast_weights(self.transformer, self.compute.weights_dtype)
         if self.compute.float8:
             float8_blocks(self.transformer)
         recompute_blocks(self.transformer, self.compute.recompute)
@@ -194,6 +195,15 @@ class KontextModule(L.LightningModule):
         """The inference pipeline on the live weights, frozen parts included, on this module's device."""
         assert self._pipeline is not None, "configure_model has not run"
         return self._pipeline.to(self.device)
+
+    def gathered(self, keep: bool) -> KontextPipeline | None:
+        """The pipeline with whole weights on the CPU, where they are sharded: all ranks ask, those that `keep` get it."""
+        pipeline, state = self.pipeline(), full_state(self.transformer, keep)
+        if not keep:
+            return None
+        transformer = KontextTransformer.from_config(self.transformer.config)
+        transformer.load_state_dict(state)
+        return KontextPipeline(**{**pipeline.components, "transformer": transformer})
 
     def latent_encoder(self) -> LatentEncoder:
         """The frozen autoencoder, for the data's cache too; usable before the module is configured."""

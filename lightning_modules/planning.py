@@ -171,7 +171,7 @@ class Plan:
         frozen, text = footprint.frozen_parameters(self.folder), self.run.module.compute.frozen_dtype.itemsize
         found = {
             "weights": every * stored / shards,
-            "position table": positions * width,
+            "position table": positions * 4,
             "gradients": numbers * stored / shards,
             "optimiser": self.optimiser_bytes / shards,
             "average (EMA)": numbers * 4 / shards if self.run.ema else 0,

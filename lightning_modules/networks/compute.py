@@ -57,6 +57,12 @@ class Compute:
         return torch.bfloat16 if self.frozen == "bfloat16" else torch.float32
 
 
+def cast_weights(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Makes the parameters of a precision; the constant positional table stays as exact as it is."""
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def recompute_blocks(transformer: Any, what: bool | int | Literal["cheap"]) -> None:
     """Makes blocks compute activations again in the backward pass; to be called before they are compiled."""
     blocks = transformer.transformer_blocks

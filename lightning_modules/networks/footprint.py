@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from lightning_modules.networks.adapters import Lora, add_lora
-from lightning_modules.networks.compute import Compute, recompute_blocks
+from lightning_modules.networks.compute import Compute, cast_weights, recompute_blocks
 from lightning_modules.networks.kontext_transformer import KontextTransformer
 from lightning_modules.networks.loading import read_json, stored_files
 
@@ -87,7 +87,7 @@ def outline(config: dict[str, Any], compute: Compute, lora: Lora | None) -> Kont
         transformer.requires_grad_(True).train()
         if lora is not None:
             add_lora(transformer, lora, 0)
-    transformer.to(compute.weights_dtype)
+        cast_weights(transformer, compute.weights_dtype)
     recompute_blocks(transformer, compute.recompute)
     return transformer
 

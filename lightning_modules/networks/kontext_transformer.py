@@ -130,13 +130,14 @@ class KontextTransformer(SD3Transformer2DModel):
         check_weights(cls, folder, KNOWN_CLASSES, optional={"pos_embed.pos_embed"})
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Writes a `transformer/` folder; adapters are merged into the weights, which stay as they are here."""
+        """Writes a `transformer/` folder; adapters are merged into the weights, in float32, which stay as they are here.
+        """
         if not has_adapters(self):
             super().save_pretrained(save_directory, **kwargs)
             return
         plain = type(self).from_config(self.config)
         plain.load_state_dict(merged_state(self))
-        plain.to(self.dtype).save_pretrained(save_directory, **kwargs)
+        plain.save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the config under the stock class's name, so that stock diffusers loads the folder too."""
