@@ -109,9 +109,10 @@ def of_run(made: Outline) -> Iterator[Finding]:
 
 
 def sizes(sized: Plan, data: Any) -> Iterator[Finding]:
-    """Resolutions that the model cannot take: no sample fits a bucket."""
-    config, factor = sized.transformer.config, sized.factor
-    multiple, limit = config.patch_size * factor, config.pos_embed_max_size * config.patch_size * factor
+    """Resolutions that the model has no tokens or no positions for."""
+    config = sized.transformer.config
+    multiple = config.patch_size * sized.factor
+    limit = config.pos_embed_max_size * multiple
     if data.size_multiple % multiple:
         near = -(-data.size_multiple // multiple) * multiple
         yield Finding(

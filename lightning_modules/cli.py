@@ -22,7 +22,7 @@ from callbacks.checkpoint import checkpoints
 from callbacks.nonfinite import NonFiniteError
 from callbacks.summary import SUMMARY, Summary
 from data_pipeline.errors import InputError
-from lightning_modules import ahead, commands
+from lightning_modules import ahead, commands, preflight
 from lightning_modules.commands import RUNS
 from lightning_modules.evaluation.scenes import SceneBenchmark
 from lightning_modules.networks.loading import CheckpointError
@@ -43,6 +43,9 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """A run that is resumed goes on by its own config, or is refused before anything of it is touched."""
+        if self.subcommand == "fit":
+            for finding in preflight.requested_devices(vars(self.config["fit"]["trainer"])):
+                raise InputError(finding.found)
         if VERSION not in os.environ or self.subcommand != "fit":
             return
         path = RUNS / run_name() / os.environ[VERSION] / "config.yaml"

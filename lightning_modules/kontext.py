@@ -166,6 +166,8 @@ class KontextModule(L.LightningModule):
             )
         assert self._prompts is not None and self._pipeline is not None
         self._pipeline.to(self.device)
+        if hasattr(trainer.datamodule, "sizes"):
+            self._pipeline.require_sizes(trainer.datamodule.size_multiple, trainer.datamodule.sizes.values())
         if hasattr(trainer.datamodule, "prompts"):
             logger.info("embedding the captions, once")
             self._prompts.fill(trainer.datamodule.prompts())

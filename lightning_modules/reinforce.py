@@ -137,7 +137,9 @@ class ReinforceModule(L.LightningModule):
         self.arithmetic = replace(self.arithmetic, devices=self.trainer.world_size, prompts=prompts)
         if self.global_rank == 0:
             logger.info(self.arithmetic.table())
-        self.pipeline()
+        pipeline = self.pipeline()
+        if hasattr(data, "sizes"):
+            pipeline.require_sizes(data.size_multiple, data.sizes.values())
         self.snapshots.to(self.device)
         self.waiting = [rollout.to(self.device) for rollout in self.waiting]
         if hasattr(data, "prompts"):

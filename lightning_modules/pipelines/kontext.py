@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,15 @@ class KontextPipeline(StableDiffusion3Pipeline):
     def size_multiple(self) -> int:
         """What both sides of a picture must be multiples of."""
         return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def require_sizes(self, multiple: int, sizes: Iterable[int]) -> None:
+        """Refuses resolutions of data that the transformer has no tokens or no positions for."""
+        limit = self.size_multiple * self.transformer.config.pos_embed_max_size
+        if multiple % self.size_multiple or max(sizes) > limit:
+            raise CheckpointError(
+                f"data: size_multiple {multiple} and image_size {max(sizes)} do not fit this model: it takes multiples "
+                f"of {self.size_multiple} pixels up to {limit}; no sample would fit a bucket"
+            )
 
     @property
     def t5_tokens(self) -> int:
