@@ -17,7 +17,7 @@ from data_pipeline.records import SPELT
 from lightning_modules import planning, preflight
 from lightning_modules.commands import RUNS, overridden, read_config
 from lightning_modules.networks.loading import CheckpointError
-from lightning_modules.planning import GIB, Machine, Plan
+from lightning_modules.planning import Machine, Plan
 from lightning_modules.preflight import Finding
 
 COMMANDS = ("plan", "doctor")

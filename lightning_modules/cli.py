@@ -89,11 +89,11 @@ class OutlineCLI(CLI):
         return None
 
 
-def outlined(argv: Sequence[str]) -> OutlineCLI:
+def outlined(argv: Sequence[str], cli: type[CLI] = OutlineCLI) -> CLI:
     """What a command line without its command describes. InputError where it cannot be made."""
     before, sys.argv[1:] = sys.argv[1:], list(argv)
     try:
-        return OutlineCLI(
+        return cli(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

@@ -90,9 +90,7 @@ def requested_devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:
     gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and count > 0)
     if gpus and wanted > count:
         remedy = f"--trainer.devices {count}" if count else "--trainer.accelerator cpu --trainer.devices 1"
-        yield Finding(
-            "BAD", "devices", f"trainer.devices is {devices} and this machine has {count} GPUs; use {remedy}"
-        )
+        yield Finding("BAD", "devices", f"trainer.devices is {devices} and this machine has {count} GPUs; use {remedy}")
 
 
 def weights(pretrained: str) -> Iterator[Finding]:
@@ -141,4 +139,3 @@ def disk(folder: Path, needed: float | None) -> Iterator[Finding]:
         yield Finding("BAD", "disk", f"{text}, and the run leaves {needed / 2**30:,.1f}; {remedy}")
     else:
         yield Finding("ok", "disk", text + ("" if needed is None else f"; the run leaves {needed / 2**30:,.1f}"))
-

@@ -50,7 +50,9 @@ def two_ranks(output: Path, *names: str) -> None:
 def losses(output: Path, name: str, accumulate: int = 1) -> list[float]:
     """The loss of each step: the mean over ranks and micro-batches, which are equally large."""
     ranks = [json.loads((output / f"{name}-{rank}.json").read_text())["losses"] for rank in range(2)]
-    return [sum(r[i * accumulate + m] for r in ranks for m in range(accumulate)) / (2 * accumulate) for i in range(STEPS)]
+    return [
+        sum(r[i * accumulate + m] for r in ranks for m in range(accumulate)) / (2 * accumulate) for i in range(STEPS)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,9 @@ def test_all_ranks_have_one_norm_and_one_average(plain: dict[str, Any], parallel
         assert ranks[0]["norm"] == ranks[1]["norm"] == pytest.approx(plain["norm"], rel=1e-4)
         assert ranks[0]["average"] == ranks[1]["average"]
         for key, value in plain["average"].items():
-            torch.testing.assert_close(torch.tensor(ranks[0]["average"][key]), torch.tensor(value), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                torch.tensor(ranks[0]["average"][key]), torch.tensor(value), rtol=1e-3, atol=1e-5
+            )
 
 
 def test_a_sharded_run_resumes_exactly(parallel: Path) -> None:

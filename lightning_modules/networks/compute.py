@@ -75,9 +75,7 @@ def recompute_blocks(transformer: Any, what: bool | int | Literal["cheap"]) -> N
         context["respect_saved_tensors_hooks"] = True
     for block in blocks[:count]:
         # Nothing in a block draws at random. As an attribute of the block, it is compiled with it.
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context
-        )
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
 
 
 def keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

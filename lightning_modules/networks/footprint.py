@@ -113,9 +113,7 @@ def saved_bytes(transformer: KontextTransformer, geometry: Geometry, count: int,
             fakes[name] = Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
         for name, b in transformer.named_buffers():
             fakes[name] = torch.empty(b.shape, dtype=b.dtype)
-        latents = [
-            torch.empty(count, config.in_channels, *size) for size in (geometry.target, *geometry.references)
-        ]
+        latents = [torch.empty(count, config.in_channels, *size) for size in (geometry.target, *geometry.references)]
         text = torch.empty(count, geometry.text, config.joint_attention_dim)
         inputs: dict[str, Any] = {"hidden_states": latents[0], "encoder_hidden_states": text}
         inputs |= {"pooled_projections": torch.empty(count, config.pooled_projection_dim)}

@@ -116,7 +116,9 @@ class Clock(Callback):
     sampling: list[float] = field(default_factory=list)
     _start: float = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == WARM_UP and GPU:
             torch.cuda.reset_peak_memory_stats()
         self._start = now()
@@ -225,7 +227,10 @@ def main() -> None:
             file.KontextPipeline.from_pretrained = lambda *_, text_dtype=None, **__: random_pipeline(text_dtype)
     card = torch.cuda.get_device_name() if GPU else "no GPU: the pocket model on the CPU, which says nothing of a GPU"
     rows = [f"{datetime.date.today()}, {card}, torch {torch.__version__}; MFU of {PEAK / 1e12:.0f} TFLOP/s", ""]
-    rows += ["| case | encoders | blocks | pictures | s a step | pictures/s | MFU | peak GiB |", "|---|---|---|---|---|---|---|---|"]
+    rows += [
+        "| case | encoders | blocks | pictures | s a step | pictures/s | MFU | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     print("\n".join(rows), flush=True)
     for name in arguments.cases:
         case = CASES[name] if GPU else replace(CASES[name], size=CASES[name].size // 8)

@@ -71,9 +71,7 @@ def test_a_dry_run_of_a_good_config_finds_nothing(config: Path, capsys: pytest.C
     assert not Path("runs").exists()
 
 
-def test_a_dry_run_lists_every_bad_field(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_lists_every_bad_field(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = changed(
         config,
         tmp_path / "bad.yaml",
@@ -84,7 +82,12 @@ def test_a_dry_run_lists_every_bad_field(
     )
     assert main(["fit", "-c", str(bad), "--dry_run"]) == 1
     printed = capsys.readouterr().out
-    for field in ("model.init_args.optimizer", "model.init_args.stepz", "data.init_args.batch_size", "trainer.precison"):
+    for field in (
+        "model.init_args.optimizer",
+        "model.init_args.stepz",
+        "data.init_args.batch_size",
+        "trainer.precison",
+    ):
         assert f"bad.yaml: {field}: " in printed, field
     assert "4 problems" in printed
 

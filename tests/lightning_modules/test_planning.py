@@ -62,7 +62,9 @@ def test_sd35_mediums_roofline() -> None:
     assert trained(plan.transformer) == 2_243_171_520 and plan.text_tokens == 333
     assert plan.flops("text_to_image") == pytest.approx(7.33e12, rel=2e-3)
     assert plan.flops("edit") == pytest.approx(14.70e12, rel=2e-3)
-    assert plan.rate("text_to_image") == pytest.approx(48.5, abs=0.1) and plan.rate("edit") == pytest.approx(24.2, abs=0.1)
+    assert plan.rate("text_to_image") == pytest.approx(48.5, abs=0.1) and plan.rate("edit") == pytest.approx(
+        24.2, abs=0.1
+    )
     each = [saved_bytes(plan.transformer, geometry, 1, False) / GIB for geometry in plan.samples.values()]
     assert each == pytest.approx([3.25, 5.84], abs=0.01)
     states = plan.states

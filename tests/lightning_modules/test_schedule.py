@@ -18,7 +18,8 @@ def parameters(dtype: torch.dtype) -> list[tuple[str, Parameter]]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"matrix": (8, 6), "bias": (6,)}
     return [
-        (name, Parameter(torch.randn(shape, generator=generator).bfloat16().to(dtype))) for name, shape in shapes.items()
+        (name, Parameter(torch.randn(shape, generator=generator).bfloat16().to(dtype)))
+        for name, shape in shapes.items()
     ]
 
 
