@@ -199,7 +199,7 @@ class KontextModule(L.LightningModule):
         return self._pipeline.to(self.device)
 
     def gathered(self, keep: bool) -> KontextPipeline | None:
-        """The pipeline with whole weights on the CPU, where they are sharded: all ranks ask, those that `keep` get it."""
+        """The pipeline with whole weights on the CPU, of sharded ones: all ranks ask, those that `keep` get it."""
         pipeline, state = self.pipeline(), full_state(self.transformer, keep)
         if not keep:
             return None

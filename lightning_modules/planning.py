@@ -263,7 +263,8 @@ class Plan:
             yield f"  {name:16}{self.flops(name) / 1e12:10.2f} TFLOP a sample {self.rate(name):8.2f} samples/s a device"
         steps = int(run.trainer.get("max_steps") or 0)
         yield f"  a step           {self.step_samples:g} samples in {self.seconds:.2f} s"
-        yield f"  the run          {steps:,} steps, {steps * self.step_samples:,.0f} samples: {steps * self.seconds / 3600:.1f} hours"
+        hours = steps * self.seconds / 3600
+        yield f"  the run          {steps:,} steps, {steps * self.step_samples:,.0f} samples: {hours:.1f} hours"
         yield "disk, GiB"
         yield f"  {'a checkpoint':28}{self.checkpoint_bytes / GIB:8.2f}   {run.keep} stay, one more while it is written"
         yield f"  {'export':28}{self.export_bytes / GIB:8.2f}"

@@ -29,6 +29,7 @@ from lightning_modules.networks.compute import Compute
 from lightning_modules.schedule import AdamW
 from lightning_modules.strategies import ShardedStrategy
 
+PLAIN = Compute()
 STEPS, SAMPLES, CLIP = 6, 4, 0.05  # clipped at every step
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -80,7 +81,7 @@ def trained(
     strategy: str = "auto",
     accumulate: int = 1,
     compile: bool = False,
-    compute: Compute = Compute(),
+    compute: Compute = PLAIN,
     steps: int = STEPS,
     resume: Path | None = None,
 ) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,20 @@ def two_ranks(output: Path, *names: str) -> None:
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
     common |= {"MICRO_FOLDER": str(built()), "HF_HUB_OFFLINE": "1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     argv = [sys.executable, str(ROOT / "tests" / "parallel.py"), str(output), *names]
-    logs = [open(output / f"log-{rank}", "w+") for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            argv, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=logs[rank], stderr=logs[rank]
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, code in enumerate(codes):
-        logs[rank].seek(0)
-        assert code == 0, logs[rank].read()[-4000:]
+    with ExitStack() as stack:
+        logs = [stack.enter_context(open(output / f"log-{rank}", "w+")) for rank in range(2)]
+        processes = [
+            subprocess.Popen(argv, env={**common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, stdout=log, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(timeout=280) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for code, log in zip(codes, logs, strict=True):
+            log.seek(0)
+            assert code == 0, log.read()[-4000:]
 
 
 def losses(output: Path, name: str, accumulate: int = 1) -> list[float]:
@@ -91,8 +91,6 @@ def test_accumulation_equals_a_big_batch(plain: dict[str, Any], tmp_path: Path) 
 def test_two_ranks_give_the_losses_of_one(
     name: str, accumulate: int, tolerance: float, plain: dict[str, Any], parallel: Path
 ) -> None:
-    if name == "sharded_accumulated":  # of other samples a micro-batch, but the same a step
-        accumulate = 2
     close(losses(parallel, name, accumulate), plain["losses"], tolerance)
 
 

@@ -156,7 +156,7 @@ def transformer_config(folder: Path) -> dict[str, Any] | None:
 
 
 def frozen_parameters(folder: Path) -> dict[str, int]:
-    """Numbers of the frozen parts' parameters, read off the headers of their files; SD3.5's where there is no folder."""
+    """Numbers of the frozen parts' parameters, from the headers of their files; SD3.5's where there is no folder."""
     if not folder.is_dir():
         return SD35_FROZEN
     found = {}

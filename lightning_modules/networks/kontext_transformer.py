@@ -130,7 +130,7 @@ class KontextTransformer(SD3Transformer2DModel):
         check_weights(cls, folder, KNOWN_CLASSES, optional={"pos_embed.pos_embed"})
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Writes a `transformer/` folder; adapters are merged into the weights, in float32, which stay as they are here."""
+        """Writes a `transformer/` folder; adapters are merged in float32, and the weights stay as they are here."""
         if not has_adapters(self):
             super().save_pretrained(save_directory, **kwargs)
             return

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gpu.py [--cases t2i_512 edit_512 ...] [--steps 10] [--output TABLE.md]
 
-The stage modules and the Trainer run as they are; only the checkpoint folder's content is made here, on the GPU, so that
+The stage modules and the Trainer run as they are; only the checkpoint folder's content is made here, on the GPU, and
 nothing is downloaded. Without a GPU the pocket model is measured instead, and the table says so: it then tells that the
 script works, and nothing about a GPU.
 """
@@ -197,7 +197,8 @@ def measured(case: Case, cached: bool, compiled: bool, steps: int) -> dict[str, 
     factor, channels = (8, 16) if GPU else (4, 2)
     trainer = L.Trainer(
         accelerator="auto", devices=1, max_steps=steps + WARM_UP, max_epochs=-1, logger=False,
-        precision="bf16-mixed" if GPU and case.reinforced else "32-true", gradient_clip_val=None if case.reinforced else 1.0,
+        precision="bf16-mixed" if GPU and case.reinforced else "32-true",
+        gradient_clip_val=None if case.reinforced else 1.0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[clock, EMA()],
     )  # fmt: skip
     trainer.fit(module, DataLoader(Batches(case, cached, factor, channels), batch_size=None))
@@ -241,7 +242,8 @@ def main() -> None:
                 share = f"{found['mfu']:.1%}" if GPU else "-"
                 rows.append(
                     f"| {name} | {'cached' if cached else 'online'} | {'compiled' if compiled else 'eager'} | "
-                    f"{found['batch']} | {found['seconds']:.3f}{note} | {found['rate']:.1f} | {share} | {found['peak']:.1f} |"
+                    f"{found['batch']} | {found['seconds']:.3f}{note} | {found['rate']:.1f} | {share} | "
+                    f"{found['peak']:.1f} |"
                 )
                 print(rows[-1], flush=True)
                 if GPU:

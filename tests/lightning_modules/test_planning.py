@@ -24,6 +24,7 @@ from lightning_modules.schedule import AdamW
 
 GIB = 2**30
 LORA = Lora(rank=4, alpha=8)
+LOW = Compute("bfloat16", "bfloat16")
 
 
 def run(module: Any, size: int = 64, trainer: dict[str, Any] | None = None, **changes: Any) -> Run:
@@ -32,7 +33,7 @@ def run(module: Any, size: int = 64, trainer: dict[str, Any] | None = None, **ch
     return Run(module, trainer or {"max_steps": 10}, image_size=size, ema=True, keep=2, **{**common, **changes})
 
 
-def full_size(compute: Compute = Compute("bfloat16", "bfloat16"), lora: Lora | None = None) -> Plan:
+def full_size(compute: Compute = LOW, lora: Lora | None = None) -> Plan:
     """SD3.5-Medium at 512 x 512, whose weights are not here."""
     return Plan(run(KontextModule("weights/absent", lora=lora, compute=compute), 512, batch_size=8))
 

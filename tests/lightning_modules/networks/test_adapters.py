@@ -19,9 +19,10 @@ from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.schedule import AdamW
 
 LORA = Lora(rank=4, alpha=8)
+PLAIN = Compute()
 
 
-def module(compute: Compute = Compute(), lora: Lora | None = LORA) -> KontextModule:
+def module(compute: Compute = PLAIN, lora: Lora | None = LORA) -> KontextModule:
     return KontextModule(str(built()), 4, 0, AdamW(lr=1e-2, warmup_steps=0), lora=lora, compute=compute)
 
 
