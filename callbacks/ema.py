@@ -48,7 +48,7 @@ class EMA(Callback):
         """Updates the shadow if the optimizer has stepped since it was last updated; safe to call at any time."""
         if self._seen_step is not None and trainer.global_step > self._seen_step:
             self._seen_step = trainer.global_step
-            self._update()
+            self._update(trainer)
 
     @contextmanager
     def swapped(self, pl_module: LightningModule, full_precision: bool = False) -> Iterator[None]:
@@ -66,9 +66,11 @@ class EMA(Callback):
             self._swap_out()
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, trainer: Trainer) -> None:
         weight = 1.0 - self.effective_decay
-        pairs = [(_local(s), _local(p)) for s, p in zip(self.shadow.values(), self._parameters, strict=True)]
+        copies = masters(trainer)
+        exact = [copies.get(p, p) for p in self._parameters]
+        pairs = [(_local(s), _local(p)) for s, p in zip(self.shadow.values(), exact, strict=True)]
         same = [(s, p) for s, p in pairs if p.dtype == torch.float32]
         if same:
             torch._foreach_lerp_([s for s, _ in same], [p for _, p in same], weight)
@@ -176,12 +178,19 @@ def averaged(
     return nullcontext()
 
 
+def masters(trainer: Trainer) -> dict[Tensor, Tensor]:
+    """The float32 copies that an optimiser keeps of parameters of lower precision."""
+    states = [(p, state) for optimizer in trainer.optimizers for p, state in optimizer.state.items()]
+    return {p: state["master"] for p, state in states if "master" in state}
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # Gathered one by one, and kept where there is room.
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard_like(saved: Tensor, parameter: Tensor) -> Tensor:

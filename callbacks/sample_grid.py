@@ -19,7 +19,7 @@ from torch import Tensor
 from callbacks.atomic import replace_file
 from callbacks.ema import averaged
 from callbacks.grid import GridRow, draw_grid
-from callbacks.stage import stage
+from callbacks.stage import sharded, stage
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import generator
 from data_pipeline.errors import InputError
@@ -88,7 +88,7 @@ class SampleGrid(Callback):
             return
         self._drawn_step = step
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not sharded(pl_module):
             return
         if not self._batches:
             self._batches = trainer.datamodule.sample_batches(self.num_samples)  # type: ignore[attr-defined]
@@ -97,6 +97,8 @@ class SampleGrid(Callback):
             return
         with averaged(trainer, pl_module), inference(trainer, pl_module):
             grid = draw_grid([self._rows(pl_module, batch) for batch in self._batches])
+        if not trainer.is_global_zero:
+            return
         replace_file(folder / f"step_{step:06d}.png", lambda file: grid.save(file, format="PNG"))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

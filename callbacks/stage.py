@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 
@@ -22,6 +23,9 @@ class Stage(Protocol):
     def pipeline(self) -> Any:
         """A diffusers pipeline that shares the live weights."""
 
+    def gathered(self, keep: bool) -> Any:
+        """The same with whole weights on the CPU, where they are sharded; all ranks ask, those that `keep` get it."""
+
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimizer moves."""
 
@@ -35,3 +39,8 @@ class Stage(Protocol):
 def stage(pl_module: LightningModule) -> Stage:
     """The same module, typed as what callbacks use of it."""
     return cast(Stage, pl_module)
+
+
+def sharded(pl_module: LightningModule) -> bool:
+    """Whether each rank has a part of the weights only: what computes with them must run on all ranks together."""
+    return any(isinstance(p, DTensor) for p in pl_module.parameters())

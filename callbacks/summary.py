@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.atomic import replace_file
 from callbacks.ema import averaged
 from callbacks.sample_grid import inference
-from callbacks.stage import stage
+from callbacks.stage import sharded, stage
 from callbacks.throughput import Throughput, peak_memory_bytes
 from lightning_modules.evaluation.scenes import SceneBenchmark, means, outcomes
 
@@ -47,14 +47,17 @@ class Summary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks rank 0, so every rank must ask
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run or not (trainer.is_global_zero or sharded(pl_module)):  # type: ignore[attr-defined]
             return
         started, metrics = time.perf_counter(), dict[str, float]()
         if self.benchmark is not None:
             with averaged(trainer, pl_module, full_precision=True), inference(trainer, pl_module):
                 found = outcomes(stage(pl_module).pipeline(), self.benchmark)
-            replace_file(folder / OUTCOMES, lambda file: file.write(json.dumps(found).encode()))
+            if trainer.is_global_zero:
+                replace_file(folder / OUTCOMES, lambda file: file.write(json.dumps(found).encode()))
             metrics = means(found, self.benchmark)
+        if not trainer.is_global_zero:
+            return
         summary = {
             **metrics,
             **{

@@ -1,4 +1,4 @@
-"""python -m lightning_modules.cli fit | validate | test | predict -c configs/<run>.yaml [dotted overrides]."""
+"""python -m lightning_modules.cli fit | validate | test | predict | plan | doctor -c configs/<run>.yaml [overrides]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,7 +22,7 @@ from callbacks.checkpoint import checkpoints
 from callbacks.nonfinite import NonFiniteError
 from callbacks.summary import SUMMARY, Summary
 from data_pipeline.errors import InputError
-from lightning_modules import commands
+from lightning_modules import ahead, commands, preflight
 from lightning_modules.commands import RUNS
 from lightning_modules.evaluation.scenes import SceneBenchmark
 from lightning_modules.networks.loading import CheckpointError
@@ -42,6 +43,9 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """A run that is resumed goes on by its own config, or is refused before anything of it is touched."""
+        if self.subcommand == "fit":
+            for finding in preflight.requested_devices(vars(self.config["fit"]["trainer"])):
+                raise InputError(finding.found)
         if VERSION not in os.environ or self.subcommand != "fit":
             return
         path = RUNS / run_name() / os.environ[VERSION] / "config.yaml"
@@ -76,6 +80,32 @@ class CLI(LightningCLI):
         if fit:
             trainer.callbacks.append(summary)
         return trainer
+
+
+class OutlineCLI(CLI):
+    """Parses a config and makes its module and its data, which load nothing, and no Trainer."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
+def outlined(argv: Sequence[str], cli: type[CLI] = OutlineCLI) -> CLI:
+    """What a command line without its command describes. InputError where it cannot be made."""
+    before, sys.argv[1:] = sys.argv[1:], list(argv)
+    try:
+        return cli(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            parser_kwargs={"exit_on_error": False},
+            run=False,
+        )
+    except ArgumentError as error:
+        raise InputError(str(error)) from error
+    finally:
+        sys.argv[1:] = before
 
 
 def batches(steps: int, accumulation: int) -> int:
@@ -166,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"there is no config {config}; the runs are in configs/")
         if arguments[:1] and arguments[0] in commands.COMMANDS:
             return commands.run(arguments)
+        if ahead.wanted(arguments):
+            return ahead.run(arguments, outlined)
         if "--resume" in arguments:
             if arguments[0] != "fit" or any(argument.startswith("--ckpt_path") for argument in arguments):
                 raise InputError("--resume belongs to fit, and finds the checkpoint itself; leave --ckpt_path out")

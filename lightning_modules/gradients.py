@@ -25,7 +25,10 @@ class Gradients:
     def norm(self) -> Float[Tensor, ""]:
         """2-norm of all gradients, on all ranks alike."""
         if self._norm is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            found = [p.grad for p in self.parameters if p.grad is not None]
+            if found and found[0].dtype == torch.bfloat16:  # of whose norms three digits would be left
+                found = list(torch._foreach_norm(found, 2, dtype=torch.float32))
+            norm = torch.nn.utils.get_total_norm(found)
             self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self._norm
 

@@ -19,9 +19,14 @@ from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
 from lightning_modules.gradients import Gradients
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.compute import Compute, cast_weights, float8_blocks, recompute_blocks
 from lightning_modules.networks.flops import forward_flops
+from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.loading import check_state
+from lightning_modules.networks.sharding import full_state, load_sharded
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
@@ -86,6 +91,8 @@ class KontextModule(L.LightningModule):
         max_sequence_length: T5 tokens of a prompt, kept by the exported tokenizer; None takes the folder's length.
         text_cache: folder that keeps text embeddings from run to run, as `data.cache.folder` keeps latents.
         compile: compile the transformer's blocks (falls back to eager, and says so, without a C++ compiler).
+        lora: adapters to train in place of all weights.
+        compute: precision, and what is computed again to save memory.
     """
 
     def __init__(
@@ -100,9 +107,13 @@ class KontextModule(L.LightningModule):
         max_sequence_length: int | None = None,
         text_cache: str | None = None,
         compile: bool = False,
+        lora: Lora | None = None,
+        compute: Compute = Compute(),  # noqa: B008
     ) -> None:
         super().__init__()
         check_tasks("task_weights", task_weights or {})
+        self.strict_loading = False  # a checkpoint holds what is trained, and no constant or frozen weights
+        self.lora, self.compute = lora, compute
         self.pretrained, self.steps, self.seed = pretrained, steps, seed
         self.optimizer_settings, self.timesteps, self.dropout = optimizer, timesteps, dropout
         self.task_weights, self.max_sequence_length = task_weights or {}, max_sequence_length
@@ -122,13 +133,26 @@ class KontextModule(L.LightningModule):
         """Loads the checkpoint folder; called again it does nothing."""
         if self.transformer is not None:
             return
-        self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
+        folder, sharded = checkpoint_folder(self.pretrained), {}
+        if self.device_mesh is not None:
+            if self.lora is not None:
+                raise InputError("lora: adapters are small; train them with strategy ddp, not sharded")
+            mesh = self.device_mesh["data_parallel"]
+            sharded = {"transformer": load_sharded(folder, mesh, self.compute, self.trainer.strategy.root_device)}
+        self._pipeline = KontextPipeline.from_pretrained(folder, text_dtype=self.compute.frozen_dtype, **sharded)
         if self.max_sequence_length is not None:
             self._pipeline.limit_t5(self.max_sequence_length)
         self._encoder = LatentEncoder(self._pipeline.vae)
         self._prompts = PromptCache(self._pipeline, root=self.text_cache)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
+        if self.lora is not None:
+            add_lora(self.transformer, self.lora, self.seed)
+        if not sharded:
+            cast_weights(self.transformer, self.compute.weights_dtype)
+        if self.compute.float8:
+            float8_blocks(self.transformer)
+        recompute_blocks(self.transformer, self.compute.recompute)
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
 
     def on_fit_start(self) -> None:
@@ -142,6 +166,8 @@ class KontextModule(L.LightningModule):
             )
         assert self._prompts is not None and self._pipeline is not None
         self._pipeline.to(self.device)
+        if hasattr(trainer.datamodule, "sizes"):
+            self._pipeline.require_sizes(trainer.datamodule.size_multiple, trainer.datamodule.sizes.values())
         if hasattr(trainer.datamodule, "prompts"):
             logger.info("embedding the captions, once")
             self._prompts.fill(trainer.datamodule.prompts())
@@ -172,6 +198,15 @@ class KontextModule(L.LightningModule):
         assert self._pipeline is not None, "configure_model has not run"
         return self._pipeline.to(self.device)
 
+    def gathered(self, keep: bool) -> KontextPipeline | None:
+        """The pipeline with whole weights on the CPU, of sharded ones: all ranks ask, those that `keep` get it."""
+        pipeline, state = self.pipeline(), full_state(self.transformer, keep)
+        if not keep:
+            return None
+        transformer = KontextTransformer.from_config(self.transformer.config)
+        transformer.load_state_dict(state)
+        return KontextPipeline(**{**pipeline.components, "transformer": transformer})
+
     def latent_encoder(self) -> LatentEncoder:
         """The frozen autoencoder, for the data's cache too; usable before the module is configured."""
         if self._encoder is None:
@@ -184,7 +219,7 @@ class KontextModule(L.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         loss = self.flow_matching_loss(batch)
-        self.evaluations += 3 * len(batch)  # forward, and backward at twice its cost
+        self.evaluations += self.passes * len(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log(f"train/loss_{batch.task}", loss, batch_size=len(batch))
         return loss
@@ -260,8 +295,17 @@ class KontextModule(L.LightningModule):
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         return self._prompts(prompts)
 
+    @property
+    def passes(self) -> int:
+        """What a sample costs in forward passes: one, and backward at twice its cost, of adapters alone at once."""
+        return 3 if self.lora is None else 2
+
+    def workload(self) -> Workload:
+        """What a sample costs, for plan."""
+        return Workload(self.passes)
+
     def training_flops(self, batch: ImageBatch) -> float:
-        """Model FLOPs of one training step on this batch: 3 x forward, without the frozen encoders."""
+        """Model FLOPs of one training step on this batch, without the frozen encoders and what is computed again."""
         assert self._pipeline is not None
         factor = 1 if batch.encoded else self._pipeline.vae_scale_factor
         patch = factor * self.transformer.config.patch_size
@@ -271,7 +315,7 @@ class KontextModule(L.LightningModule):
         elif batch.references is not None:
             images += [image for sample in batch.references for image in sample]
         tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
-        return 3 * len(batch) * forward_flops(self.transformer.config, tokens, self._pipeline.text_tokens)
+        return self.passes * len(batch) * forward_flops(self.transformer.config, tokens, self._pipeline.text_tokens)
 
     def configure_gradient_clipping(
         self,
@@ -295,12 +339,16 @@ class KontextModule(L.LightningModule):
         return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops what is constant: the positional table, and the weights that adapters are added to."""
         checkpoint["evaluations"] = self.evaluations
+        trained = dict(self.trainable_parameters())
+        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names every weight that does not fit before any is copied."""
         self.evaluations = checkpoint.get("evaluations", 0)
-        check_state(Path(self.pretrained), self.state_dict(), checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # a strategy that shards has compared and copied them itself
+            check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
         self._gradients = Gradients(p for _, p in self.trainable_parameters())

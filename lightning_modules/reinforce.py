@@ -25,6 +25,8 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.compute import Compute, recompute_blocks
+from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
@@ -99,7 +101,7 @@ class ReinforceModule(L.LightningModule):
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
         self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
-        self.max_sequence_length, self.recompute = max_sequence_length, recompute
+        self.max_sequence_length, self.compute = max_sequence_length, Compute(recompute=recompute)
         self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
@@ -119,8 +121,7 @@ class ReinforceModule(L.LightningModule):
         self.transformer.requires_grad_(True).train()
         if self.lora is not None:
             add_lora(self.transformer, self.lora, self.seed)
-        if self.recompute:
-            self.transformer.enable_gradient_checkpointing()
+        recompute_blocks(self.transformer, self.compute.recompute)
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
@@ -136,7 +137,9 @@ class ReinforceModule(L.LightningModule):
         self.arithmetic = replace(self.arithmetic, devices=self.trainer.world_size, prompts=prompts)
         if self.global_rank == 0:
             logger.info(self.arithmetic.table())
-        self.pipeline()
+        pipeline = self.pipeline()
+        if hasattr(data, "sizes"):
+            pipeline.require_sizes(data.size_multiple, data.sizes.values())
         self.snapshots.to(self.device)
         self.waiting = [rollout.to(self.device) for rollout in self.waiting]
         if hasattr(data, "prompts"):
@@ -154,6 +157,14 @@ class ReinforceModule(L.LightningModule):
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def workload(self) -> Workload:
+        """What a picture costs that is sampled and learned from, for plan."""
+        cost, settings = self.arithmetic, self.sampling
+        backward = cost.branches * cost.points
+        passes = cost.to_sample + cost.to_train - backward * bool(self.compute.recompute)
+        together = settings.micro_groups * settings.group_size * cost.branches
+        return Workload(passes, backward, together, cost.copies, settings.groups * settings.group_size)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         found = self.collect(batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +16,11 @@ import yaml
 from lightning import LightningDataModule, LightningModule
 from micro import judged_shards, micro_config
 
-from lightning_modules.cli import CLI
+from lightning_modules.ahead import planned
+from lightning_modules.cli import CLI, outlined
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import add_lora
+from lightning_modules.planning import Plan
 from lightning_modules.reinforce import ReinforceModule
 from lightning_modules.rollouts.arithmetic import Arithmetic
 
@@ -60,6 +64,72 @@ def test_a_full_size_config_fits_its_devices_and_the_model(path: Path) -> None:
         trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
         # Two matrices for each of eight projections; the last block has none for the text's output.
         assert len(trained) == 2 * (24 * 8 - 1)
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda p: p.stem)
+def test_a_full_size_config_is_planned_as_its_head_says(path: Path) -> None:
+    """On the meta device, without its weights: "# Expected (not measured): 126 GiB and 48.5 samples/s a GPU"."""
+    made = outlined(["--config", str(path)])
+    if not hasattr(made.model, "workload"):
+        pytest.skip("trains no Kontext transformer")
+    plan = Plan(planned(made))
+    assert plan.assumed and plan.peak < plan.machine.memory * 2**30
+    head = re.search(
+        r"# Expected \(not measured\): ([\d.]+) GiB and ([\d.]+) (?:samples|pictures)/s a GPU", path.read_text()
+    )
+    assert head is not None
+    assert float(head[1]) == pytest.approx(plan.peak / 2**30, abs=1)
+    assert float(head[2]) == pytest.approx(plan.step_samples / plan.run.devices / plan.seconds, rel=0.02)
+
+
+def reduced(path: Path, folder: Path) -> Path:
+    """A full-size config on micro weights and micro shards, two steps on one CPU."""
+    config, small = yaml.safe_load(path.read_text()), yaml.safe_load(micro_config(folder).read_text())
+    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+    own = small["data"]["init_args"]
+    model |= {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False, "max_sequence_length": 8}
+    if "text_cache" in model:
+        model["text_cache"] = str(folder / "texts")
+    if "rewards" in model:
+        model["rewards"] = {"bright": {"reward": {"class_path": "micro.Brightness"}}}
+        model["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 1, "num_inference_steps": 2}
+        model["advantages"] = {"kind": "group"}
+        data |= {"prompt_records": False, "ratio": {"edit" if "edit_prompt" in data["ratio"] else "text_to_image": 1}}
+        if window := model["algorithm"]["init_args"].get("window"):
+            window |= {"size": 1, "within": [0, 1]}
+    data |= {"shards": own["shards"], "batch_size": 2, "image_size": 64, "size_multiple": 16, "num_workers": 0}
+    data |= {"val_batches": 1, "index_root": str(folder / "index")}
+    if data.get("cache"):
+        data["cache"] = {"folder": str(folder / "latents")}
+    trainer |= {"max_steps": 2, "accelerator": "cpu", "devices": 1, "strategy": "auto", "log_every_n_steps": 1}
+    if "val_check_interval" in trainer:
+        trainer["val_check_interval"] = 2 * trainer.get("accumulate_grad_batches", 1)
+    for callback in trainer["callbacks"]:
+        if callback["class_path"] == "callbacks.SampleGrid":
+            callback["init_args"] |= {"num_inference_steps": 1, "num_samples": 1}
+    target = folder / "configs" / path.name
+    target.write_text(yaml.safe_dump(config))
+    return target
+
+
+@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda p: p.stem)
+def test_a_full_size_config_takes_two_steps_at_reduced_size(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "workload" not in vars(class_of(path)):
+        pytest.skip("trains no Kontext transformer")
+    monkeypatch.chdir(tmp_path)
+    found = outlined(["--config", str(reduced(path, tmp_path))], CLI)
+    found.trainer.fit(found.model, found.datamodule)
+    assert found.trainer.global_step == 2
+    assert (tmp_path / "export" / "model_index.json").is_file()
+    assert (tmp_path / "export" / "lora").is_dir() == (found.model.lora is not None)
+
+
+def class_of(path: Path) -> type:
+    """The stage module's class of a config."""
+    module, _, name = yaml.safe_load(path.read_text())["model"]["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.parent.name)

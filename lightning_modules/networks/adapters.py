@@ -67,7 +67,7 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
             state[name.replace(".base_layer.", ".")] = tensor
     for name, layer in layers.items():
         for adapter in layer.active_adapters:
-            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(adapter)
+            state[f"{name}.weight"] = state[f"{name}.weight"].float() + layer.get_delta_weight(adapter).float()
     return state
 
 

@@ -53,6 +53,8 @@ class KontextTransformer(SD3Transformer2DModel):
         """
         height, width = hidden_states.shape[-2:]
         target = self.embed(hidden_states)
+        dtype = self.pos_embed.proj.weight.dtype  # the timestep stays float32 until it is embedded
+        encoder_hidden_states, pooled_projections = encoder_hidden_states.to(dtype), pooled_projections.to(dtype)
         references, mask = self.embed_references(ref_hidden_states, target)
         image = target if references is None else torch.cat([references, target], dim=1)
         temb = self.time_text_embed(timestep, pooled_projections)
@@ -76,7 +78,7 @@ class KontextTransformer(SD3Transformer2DModel):
                 f"latents of {height} x {width} do not fit this transformer: both sides must be multiples of its patch "
                 f"size {patch} and at most {limit}; choose another image size"
             )
-        return self.pos_embed(latents).contiguous()
+        return self.pos_embed(latents.to(self.pos_embed.proj.weight.dtype)).contiguous()
 
     def embed_references(
         self, references: References | None, target: Float[Tensor, "b n d"]
@@ -119,17 +121,22 @@ class KontextTransformer(SD3Transformer2DModel):
         """Loads SD3.5's or UniPic2's `transformer/` folder; names every missing or misshapen key if it does not fit."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         if folder.is_dir():
-            check_weights(cls, folder, KNOWN_CLASSES, optional={"pos_embed.pos_embed"})
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            cls.check(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+
+    @classmethod
+    def check(cls, folder: Path) -> None:
+        """Refuses a `transformer/` folder whose weights are not those of its config, or of another architecture."""
+        check_weights(cls, folder, KNOWN_CLASSES, optional={"pos_embed.pos_embed"})
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Writes a `transformer/` folder; adapters are merged into the weights, which stay as they are here."""
+        """Writes a `transformer/` folder; adapters are merged in float32, and the weights stay as they are here."""
         if not has_adapters(self):
             super().save_pretrained(save_directory, **kwargs)
             return
         plain = type(self).from_config(self.config)
         plain.load_state_dict(merged_state(self))
-        plain.to(self.dtype).save_pretrained(save_directory, **kwargs)
+        plain.save_pretrained(save_directory, **kwargs)
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes the config under the stock class's name, so that stock diffusers loads the folder too."""

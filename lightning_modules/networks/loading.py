@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 SHOWN = 8  # keys named in an error before it says how many more there are
+UNFINISHED = (".incomplete", ".part", ".partial", ".tmp", ".aria2", ".crdownload")  # of downloaders
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors format's own readers
 
 
@@ -46,9 +48,25 @@ def require_parts(folder: Path, parts: Collection[str]) -> None:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; it has {found}")
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A safetensors file: the shapes of its tensors by name, and their bytes together."""
+
+    path: Path
+    names: dict[str, tuple[int, ...]]
+    size: int
+
+
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a part's safetensors files, from their headers alone (sharded files included)."""
+    return {name: shape for file in stored_files(folder) for name, shape in file.names.items()}
+
+
+def stored_files(folder: Path) -> list[StoredFile]:
+    """A part's safetensors files, all of them whole: a download that is not complete is named."""
     files = sorted(folder.glob("*.safetensors"))
+    if unfinished := sorted(f.name for f in folder.iterdir() if f.suffix in UNFINISHED):
+        raise CheckpointError(f"{folder} is half downloaded: {', '.join(unfinished)}; download it again")
     if not files:
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         also = f"; {', '.join(pickles)} can run code when loaded and is not accepted: convert it" if pickles else ""
@@ -60,10 +78,12 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             raise CheckpointError(
                 f"{folder} is incomplete: {index.name} names {', '.join(absent)}; download them again"
             )
-    shapes: dict[str, tuple[int, ...]] = {}
+    found = []
     for file in files:
-        shapes |= {name: tuple(entry["shape"]) for name, entry in read_header(file).items()}
-    return shapes
+        header = read_header(file)
+        sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()]
+        found.append(StoredFile(file, {n: tuple(entry["shape"]) for n, entry in header.items()}, sum(sizes)))
+    return found
 
 
 def read_header(file: Path) -> dict[str, Any]:

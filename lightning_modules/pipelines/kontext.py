@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lightning_modules.networks.loading import (
     load_text_encoder,
     read_json,
     require_parts,
+    stored_shapes,
 )
 from lightning_modules.samplers.guidance import guide
 from lightning_modules.samplers.ode import euler
@@ -55,17 +57,22 @@ class KontextPipeline(StableDiffusion3Pipeline):
     """StableDiffusion3Pipeline whose transformer also takes reference pictures."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> KontextPipeline:
-        """Loads a checkpoint folder or hub id, `transformer/` always as KontextTransformer, safetensors only."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, text_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> KontextPipeline:
+        """Loads a checkpoint folder or hub id, `transformer/` always as KontextTransformer, safetensors only.
+
+        `text_dtype` is of the text encoders, where it is not that of all.
+        """
         folder = Path(pretrained_model_name_or_path)
         # Anything but a hub id, which is owner/name; where the owner's part is a folder here, a path was meant.
         if folder.exists() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
             require_parts(folder, ("transformer", "vae", "scheduler"))
-            check_scheduler(folder / "scheduler")
-            check_weights(AutoencoderKL, folder / "vae", {"AutoencoderKL"})
+            for check in part_checks(folder):
+                check()
             for part, encoder in TEXT_ENCODERS.items():
                 if (folder / part).is_dir() and part not in kwargs:
-                    kwargs[part] = load_text_encoder(encoder, folder / part, kwargs.get("torch_dtype"))
+                    kwargs[part] = load_text_encoder(encoder, folder / part, text_dtype or kwargs.get("torch_dtype"))
         if "transformer" not in kwargs:
             kwargs["transformer"] = KontextTransformer.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", torch_dtype=kwargs.get("torch_dtype")
@@ -93,6 +100,15 @@ class KontextPipeline(StableDiffusion3Pipeline):
     def size_multiple(self) -> int:
         """What both sides of a picture must be multiples of."""
         return self.vae_scale_factor * self.transformer.config.patch_size
+
+    def require_sizes(self, multiple: int, sizes: Iterable[int]) -> None:
+        """Refuses resolutions of data that the transformer has no tokens or no positions for."""
+        limit = self.size_multiple * self.transformer.config.pos_embed_max_size
+        if multiple % self.size_multiple or max(sizes) > limit:
+            raise CheckpointError(
+                f"data: size_multiple {multiple} and image_size {max(sizes)} do not fit this model: it takes multiples "
+                f"of {self.size_multiple} pixels up to {limit}; no sample would fit a bucket"
+            )
 
     @property
     def t5_tokens(self) -> int:
@@ -274,6 +290,16 @@ class KontextPipeline(StableDiffusion3Pipeline):
             return guide(v_negative, v_positive, scale)
 
         return velocity
+
+
+def part_checks(folder: Path) -> list[Callable[[], object]]:
+    """What is checked of a folder before anything of it is loaded; the transformer checks itself."""
+    texts = [part for part in TEXT_ENCODERS if (folder / part).is_dir()]
+    return [
+        partial(check_scheduler, folder / "scheduler"),
+        partial(check_weights, AutoencoderKL, folder / "vae", {"AutoencoderKL"}),
+        *(partial(stored_shapes, folder / part) for part in texts),
+    ]
 
 
 def check_scheduler(folder: Path) -> None:

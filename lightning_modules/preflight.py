@@ -1,0 +1,141 @@
+"""What can be known to be wrong before a run begins: versions, devices, weights, shards and room on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from packaging.version import Version
+
+from data_pipeline.errors import InputError
+from data_pipeline.index import sidecars
+from lightning_modules.networks.compile import has_cpp_compiler
+from lightning_modules.networks.kontext_transformer import KontextTransformer
+from lightning_modules.networks.loading import CheckpointError, require_parts
+from lightning_modules.pipelines.kontext import part_checks
+
+Level = Literal["ok", "note", "BAD"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report: what was looked at, what was found, and what to do where it is bad."""
+
+    level: Level
+    what: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.level:5}{self.what:16}{self.found}"
+
+
+@dataclass(frozen=True)
+class Denied:
+    """Releases of a package that are not to be used, and why. `first` and `last` are inside; None is open."""
+
+    package: str
+    first: str | None
+    last: str | None
+    why: str
+
+
+DENIED = [
+    Denied("lightning", "2.6.2", "2.6.3", "these releases were malware that steals credentials: change all you have"),
+    Denied("pytorch-lightning", "2.6.2", "2.6.3", "these releases were malware that steals credentials"),
+    Denied("lightning", None, "2.6.5", "loading a checkpoint can run code (CVE-2026-58659); fixed in 2.6.6"),
+    Denied("torch", None, "2.9.99", "loading weights can run code (CVE-2025-32434, CVE-2026-24747); fixed in 2.10"),
+    Denied("transformers", None, "5.2.99", "a model's config can run code (CVE-2026-4372); fixed in 5.3.0"),
+]
+
+
+def versions() -> Iterator[Finding]:
+    """Packages of releases that must not be used."""
+    for denied in DENIED:
+        try:
+            found = Version(importlib.metadata.version(denied.package))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        after = denied.first is None or found >= Version(denied.first)
+        if after and (denied.last is None or found <= Version(denied.last)):
+            yield Finding("BAD", denied.package, f"{found}: {denied.why}; pip install -U {denied.package}")
+    names = ("torch", "lightning", "diffusers", "transformers", "peft")
+    yield Finding("ok", "versions", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names))
+
+
+def accelerators() -> Iterator[Finding]:
+    """GPUs, and a compiler where there is none."""
+    count = torch.cuda.device_count()
+    for i in range(count):
+        facts = torch.cuda.get_device_properties(i)
+        bf16 = "" if facts.major >= 8 else ", which has no bfloat16: use float32"
+        level: Level = "ok" if facts.major >= 8 else "note"
+        yield Finding(level, f"GPU {i}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB{bf16}")
+    if not count:
+        yield Finding("note", "GPU", "none that this torch can use: runs on the CPU")
+        if not has_cpp_compiler():
+            yield Finding("note", "compiler", "no C++ compiler: compile falls back to eager; install g++")
+
+
+def requested_devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:
+    """More GPUs asked for than there are, and sizes of a mesh that are not those of the run."""
+    devices, accelerator = trainer.get("devices", "auto"), trainer.get("accelerator", "auto")
+    wanted = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
+    count = torch.cuda.device_count()
+    gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and count > 0)
+    if gpus and wanted > count:
+        remedy = f"--trainer.devices {count}" if count else "--trainer.accelerator cpu --trainer.devices 1"
+        yield Finding("BAD", "devices", f"trainer.devices is {devices} and this machine has {count} GPUs; use {remedy}")
+
+
+def weights(pretrained: str) -> Iterator[Finding]:
+    """Each part of a checkpoint folder: whole, safe to load, and of the architecture that is trained."""
+    folder = Path(pretrained)
+    if pretrained == "pocket":
+        yield Finding("ok", "weights", "pocket, which is built when it is first needed")
+        return
+    if not folder.is_dir():
+        remedy = "download it there (safetensors), or set model.init_args.pretrained"
+        yield Finding("BAD", "weights", f"there is no folder {folder}; {remedy}")
+        return
+    bad = False
+    whole = partial(require_parts, folder, ("transformer", "vae", "scheduler"))
+    for check in [whole, partial(KontextTransformer.check, folder / "transformer"), *part_checks(folder)]:
+        try:
+            check()
+        except CheckpointError as error:
+            bad = True
+            yield Finding("BAD", "weights", str(error))
+    if not bad:
+        yield Finding("ok", "weights", f"{folder}, all parts whole")
+
+
+def shards(folders: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """Folders of shards: there, indexed, and with the files that their indexes name."""
+    for folder in (Path(name) for many in folders.values() for name in many):
+        if not folder.is_dir():
+            yield Finding("BAD", "shards", f"there is no folder {folder}; python -m data_pipeline build or index it")
+            continue
+        try:
+            found = sidecars(folder)
+        except InputError as error:
+            yield Finding("BAD", "shards", str(error))
+            continue
+        yield Finding("ok", "shards", f"{folder}: {len(found)} indexes")
+
+
+def disk(folder: Path, needed: float | None) -> Iterator[Finding]:
+    """Room for what a run leaves."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    text = f"{free / 2**30:,.1f} GiB free for {folder}"
+    if needed is not None and needed > free:
+        remedy = "make room, keep fewer checkpoints (callbacks.Checkpoint keep), or set a link runs -> ELSEWHERE"
+        yield Finding("BAD", "disk", f"{text}, and the run leaves {needed / 2**30:,.1f}; {remedy}")
+    else:
+        yield Finding("ok", "disk", text + ("" if needed is None else f"; the run leaves {needed / 2**30:,.1f}"))

@@ -1,0 +1,258 @@
+"""Step time, samples/s, MFU and peak memory of SD3.5-Medium's training on one GPU, with random weights.
+
+    python tests/benchmarks/gpu.py [--cases t2i_512 edit_512 ...] [--steps 10] [--output TABLE.md]
+
+The stage modules and the Trainer run as they are; only the checkpoint folder's content is made here, on the GPU, and
+nothing is downloaded. Without a GPU the pocket model is measured instead, and the table says so: it then tells that the
+script works, and nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from callbacks import EMA
+from callbacks.throughput import peak_memory_bytes
+from data_pipeline.batches import ImageBatch
+from lightning_modules import kontext, pocket, reinforce
+from lightning_modules.kontext import KontextModule
+from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks.adapters import Lora
+from lightning_modules.networks.compute import Compute
+from lightning_modules.networks.flops import forward_flops
+from lightning_modules.networks.footprint import SD35_MEDIUM
+from lightning_modules.networks.tokenizers import clip_tokenizer, phrase_tokenizer
+from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.reinforce import ReinforceModule
+from lightning_modules.rewards.protocol import Request
+from lightning_modules.rewards.weighted import Weighted
+from lightning_modules.rollouts.algorithms import DiffusionNFT
+from lightning_modules.rollouts.settings import Regularisation, Sampling
+
+GPU = torch.cuda.is_available()
+PEAK = 790e12  # dense bf16 FLOP/s that matrix products reach on an H200
+WARM_UP = 3  # steps that are not measured: compilation, and memory that is asked for once
+BARS = {"t2i_512": 48.0, "edit_512": 24.0}  # samples/s on an H200, cached, compiled
+GROUP = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of batch: pixels of a side, samples, references of each, and whether it is reinforcement."""
+
+    size: int
+    count: int
+    references: int = 0
+    reinforced: bool = False
+
+
+CASES = {
+    "t2i_512": Case(512, 16),
+    "edit_512": Case(512, 8, 1),
+    "t2i_1024": Case(1024, 4),
+    "edit_1024": Case(1024, 2, 1),
+    "rl_t2i_512": Case(512, 1, reinforced=True),
+    "rl_edit_512": Case(512, 1, 1, reinforced=True),
+}
+
+
+class Noise:
+    """A reward that every group learns something from."""
+
+    def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:
+        return pictures.float().flatten(1).mean(dim=1).add(torch.randn(len(pictures), device=pictures.device)).tolist()
+
+
+class Batches(IterableDataset[ImageBatch]):
+    """Random samples; `cached` ones are moments, whose prompts were seen before."""
+
+    def __init__(self, case: Case, cached: bool, factor: int, channels: int) -> None:
+        self.case, self.cached, self.factor, self.channels = case, cached, factor, channels
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        step = 0
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def batch(self, step: int) -> ImageBatch:
+        """The batch of a step."""
+        case, count = self.case, self.case.count
+        side = case.size // self.factor if self.cached else case.size
+        shape = (2 * self.channels, side, side) if self.cached else (3, side, side)
+        references = torch.rand(count, case.references, *shape) if case.references else None
+        return ImageBatch(
+            tasks=["edit" if case.references else "text_to_image"] * count,
+            keys=[f"{step}-{i}" for i in range(count)],
+            sample_ids=torch.arange(count) + step * count,
+            epochs=torch.zeros(count, dtype=torch.int64),
+            prompts=[f"picture {i if self.cached else step * count + i}" for i in range(count)],
+            target=torch.rand(count, *shape),
+            references=references,
+            encoded=self.cached,
+        )
+
+
+@dataclass
+class Clock(Callback):
+    """Seconds of each step after the first ones, and the time of it that sampling takes."""
+
+    steps: int
+    seconds: list[float] = field(default_factory=list)
+    sampling: list[float] = field(default_factory=list)
+    _start: float = 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == WARM_UP and GPU:
+            torch.cuda.reset_peak_memory_stats()
+        self._start = now()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seconds.append(now() - self._start)
+
+
+def now() -> float:
+    """The time when all that was asked for is done."""
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def random_pipeline(text_dtype: torch.dtype | None = None) -> KontextPipeline:
+    """SD3.5-Medium with all its encoders, of random weights, on the GPU."""
+    with torch.device("cuda"):
+        transformer = KontextTransformer(**SD35_MEDIUM)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
+            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+        ).eval()  # fmt: skip
+        torch.set_default_dtype(text_dtype or torch.float32)
+        clips = [
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                               num_attention_heads=width // 64, projection_dim=width)
+            ).eval()
+            for width, layers in ((768, 12), (1280, 32))
+        ]  # fmt: skip
+        t5 = T5EncoderModel(
+            T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+        ).eval()
+        torch.set_default_dtype(torch.float32)
+    texts = pocket.corpus(pocket.Recipe(), 20)
+    clip, long = clip_tokenizer(texts, 700, 77), phrase_tokenizer(texts, 700, 300, 256)
+    return KontextPipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clips[0], clip, clips[1], clip, t5, long
+    )
+
+
+def module_of(case: Case, compiled: bool) -> Any:
+    """The stage module, as the full-size configs have it."""
+    compute = Compute("bfloat16", "bfloat16") if GPU else Compute()
+    if not case.reinforced:
+        return KontextModule("weights/random" if GPU else "pocket", compute=compute, compile=compiled)
+    return ReinforceModule(
+        "weights/random" if GPU else "pocket",
+        {"noise": Weighted(Noise())},
+        DiffusionNFT(points_per_picture=3),
+        sampling=Sampling(group_size=GROUP, groups=1, micro_groups=1, num_inference_steps=10, guidance_scale=1.0),
+        regularisation=Regularisation(old_rate=0.5),
+        lora=Lora(),
+        compile=compiled,
+    )
+
+
+def measured(case: Case, cached: bool, compiled: bool, steps: int) -> dict[str, float]:
+    """Figures of one case."""
+    torch.manual_seed(0)
+    module, clock = module_of(case, compiled), Clock(steps)
+    if case.reinforced:
+        collect = module.collect
+
+        def timed(batch: ImageBatch) -> Any:
+            start = now()
+            found = collect(batch)
+            clock.sampling.append(now() - start)
+            return found
+
+        module.collect = timed
+    factor, channels = (8, 16) if GPU else (4, 2)
+    trainer = L.Trainer(
+        accelerator="auto", devices=1, max_steps=steps + WARM_UP, max_epochs=-1, logger=False,
+        precision="bf16-mixed" if GPU and case.reinforced else "32-true",
+        gradient_clip_val=None if case.reinforced else 1.0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[clock, EMA()],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Batches(case, cached, factor, channels), batch_size=None))
+    seconds = sorted(clock.seconds[WARM_UP:])[steps // 2]  # the median
+    pictures = GROUP if case.reinforced else case.count
+    config = module.transformer.config
+    tokens = (1 + case.references) * (case.size // factor // config.patch_size) ** 2
+    evaluations = module.workload().evaluations
+    flops = pictures * evaluations * forward_flops(config, tokens, module.pipeline().text_tokens)
+    found = {"batch": pictures, "seconds": seconds, "rate": pictures / seconds, "mfu": flops / seconds / PEAK}
+    found["peak"] = peak_memory_bytes(trainer.strategy.root_device) / 2**30
+    if clock.sampling:
+        found["sampling"] = sorted(clock.sampling[WARM_UP:])[steps // 2]
+    return found
+
+
+def main() -> None:
+    """Measures the cases and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--eager", action="store_true", help="leave the compiled runs out")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if GPU:
+        for file in (kontext, reinforce):  # no folder: its content is made on the GPU
+            file.KontextPipeline.from_pretrained = lambda *_, text_dtype=None, **__: random_pipeline(text_dtype)
+    card = torch.cuda.get_device_name() if GPU else "no GPU: the pocket model on the CPU, which says nothing of a GPU"
+    rows = [f"{datetime.date.today()}, {card}, torch {torch.__version__}; MFU of {PEAK / 1e12:.0f} TFLOP/s", ""]
+    rows += [
+        "| case | encoders | blocks | pictures | s a step | pictures/s | MFU | peak GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(rows), flush=True)
+    for name in arguments.cases:
+        case = CASES[name] if GPU else replace(CASES[name], size=CASES[name].size // 8)
+        for cached in (True, False):
+            for compiled in (False,) if arguments.eager else (False, True):
+                found = measured(case, cached, compiled, arguments.steps)
+                note = f" (sampling {found['sampling']:.3f})" if "sampling" in found else ""
+                share = f"{found['mfu']:.1%}" if GPU else "-"
+                rows.append(
+                    f"| {name} | {'cached' if cached else 'online'} | {'compiled' if compiled else 'eager'} | "
+                    f"{found['batch']} | {found['seconds']:.3f}{note} | {found['rate']:.1f} | {share} | "
+                    f"{found['peak']:.1f} |"
+                )
+                print(rows[-1], flush=True)
+                if GPU:
+                    torch.cuda.empty_cache()
+                if GPU and cached and compiled and name in BARS and found["rate"] < BARS[name]:
+                    print(f"below the bar of {BARS[name]:g} samples/s on an H200", flush=True)
+    if arguments.output:
+        arguments.output.write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

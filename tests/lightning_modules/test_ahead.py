@@ -1,0 +1,121 @@
+"""plan, doctor and the dry run on micro configs, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from micro import micro_config
+
+from lightning_modules import ahead
+from lightning_modules.cli import main, outlined
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return micro_config(tmp_path_factory.mktemp("ahead"))
+
+
+@pytest.fixture(autouse=True)
+def here(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(config.parents[1])
+
+
+def changed(config: Path, target: Path, **changes: object) -> Path:
+    content = yaml.safe_load(config.read_text())
+    for dotted, value in changes.items():
+        *path, last = dotted.split("__")
+        place = content
+        for name in path:
+            place = place[name]
+        place[last] = value
+    target.write_text(yaml.safe_dump(content))
+    return target
+
+
+def test_plan_prints_what_a_run_needs_and_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "-c", str(config), "--trainer.max_steps", "100", "--memory_gib", "2"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("parameters", "optimiser", "activations, edit x 2", "TFLOP a sample", "100 steps", "a checkpoint"):
+        assert part in printed
+    assert "fits in 2 GiB" in printed
+
+
+def test_eight_gpus_are_planned_without_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--trainer.devices", "8", "--trainer.accelerator", "gpu", "--trainer.strategy", "ddp"]
+    assert main(["plan", "-c", str(config), *argv]) == 0
+    assert "plan for 8 devices (DDP)" in capsys.readouterr().out
+
+
+def test_doctor_finds_nothing_wrong_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "-c", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "versions" in printed and "all parts whole" in printed and "BAD" not in printed
+    assert main(["doctor"]) == 0
+
+
+def test_doctor_names_missing_gpus(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    argv = ["--trainer.devices", "8", "--trainer.accelerator", "gpu"]
+    assert main(["doctor", "-c", str(config), *argv]) == 1
+    assert "BAD  devices" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_good_config_finds_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "-c", str(config), "--dry_run"]) == 0
+    assert "no problem found" in capsys.readouterr().out
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_lists_every_bad_field(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = changed(
+        config,
+        tmp_path / "bad.yaml",
+        model__init_args__optimizer={"lr": -1.0},
+        model__init_args__stepz=3,
+        data__init_args__batch_size=0,
+        trainer__precison="32-true",
+    )
+    assert main(["fit", "-c", str(bad), "--dry_run"]) == 1
+    printed = capsys.readouterr().out
+    for field in (
+        "model.init_args.optimizer",
+        "model.init_args.stepz",
+        "data.init_args.batch_size",
+        "trainer.precison",
+    ):
+        assert f"bad.yaml: {field}: " in printed, field
+    assert "4 problems" in printed
+
+
+def test_a_dry_run_lists_every_bad_row(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(config.read_text())
+    folder = tmp_path / "shards"
+    (source,) = (Path(name) for name in content["data"]["init_args"]["shards"])
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tar = sorted(folder.glob("*.tar"))[0]
+    data = bytearray(tar.read_bytes())
+    places = [place for place in range(len(data)) if data[place : place + 4] == b"IDAT"]
+    for place in (places[0], places[2]):
+        data[place + 8 : place + 40] = bytes(32)
+    tar.write_bytes(data)
+    argv = ["--data.init_args.shards", f"[{folder}]", "--data.init_args.size_multiple", "8"]
+    assert main(["fit", "-c", str(config), "--dry_run", *argv]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count(tar.name) >= 2 and "data.size_multiple 8 is no multiple of" in printed
+
+
+def test_overrides_of_a_refused_config_count(config: Path) -> None:
+    path, overrides = ahead.config_of(["-c", str(config), "--a.b", "3", "--c.d=4"])
+    assert path == config and overrides == ["--a.b=3", "--c.d=4"]
+
+
+def test_what_a_config_makes_is_configured_by_nothing(config: Path) -> None:
+    made = outlined(["--config", str(config)])
+    assert made.model.transformer is None and made.trainer is None

@@ -1,0 +1,185 @@
+"""What plan says is what is: FLOPs against counted ones, bytes against those of a run, activations against hooks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from micro import built
+from rl import Stream, prompts
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from callbacks import EMA
+from lightning_modules.kontext import KontextModule
+from lightning_modules.networks.adapters import Lora
+from lightning_modules.networks.compute import Compute
+from lightning_modules.networks.footprint import SD35_MEDIUM, Geometry, SavedTensors, outline, saved_bytes, trained
+from lightning_modules.planning import Machine, Plan, Run, largest_batch
+from lightning_modules.schedule import AdamW
+
+GIB = 2**30
+LORA = Lora(rank=4, alpha=8)
+LOW = Compute("bfloat16", "bfloat16")
+
+
+def run(module: Any, size: int = 64, trainer: dict[str, Any] | None = None, **changes: Any) -> Run:
+    """A run's numbers, as of a config."""
+    common = {"ratio": {"text_to_image": 1, "edit": 1}, "batch_size": 4, "batch_tokens": None, "size_multiple": 32}
+    return Run(module, trainer or {"max_steps": 10}, image_size=size, ema=True, keep=2, **{**common, **changes})
+
+
+def full_size(compute: Compute = LOW, lora: Lora | None = None) -> Plan:
+    """SD3.5-Medium at 512 x 512, whose weights are not here."""
+    return Plan(run(KontextModule("weights/absent", lora=lora, compute=compute), 512, batch_size=8))
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "edit"])
+@pytest.mark.parametrize("lora", [None, Lora()])
+def test_flops_are_the_counted_ones(name: str, lora: Lora | None) -> None:
+    plan = full_size(lora=lora)
+    config, geometry = plan.transformer.config, plan.samples[name]
+    low = {"dtype": torch.bfloat16, "device": "meta"}
+    latents = torch.empty(1, config.in_channels, *geometry.target, **low)
+    with FlopCounterMode(display=False) as counter:
+        velocity = plan.transformer(
+            hidden_states=latents,
+            ref_hidden_states=latents if geometry.references else None,
+            encoder_hidden_states=torch.empty(1, geometry.text, config.joint_attention_dim, **low),
+            pooled_projections=torch.empty(1, config.pooled_projection_dim, **low),
+            timestep=torch.empty(1, device="meta"),
+        ).sample
+        velocity.sum().backward()
+    assert plan.flops(name) == pytest.approx(counter.get_total_flops(), rel=0.02 if lora is None else 0.05)
+
+
+def test_sd35_mediums_roofline() -> None:
+    """7.33 TFLOP a text-to-image sample at 512 x 512 with 333 text tokens, 14.70 an edit; 3.25 and 5.84 GiB kept."""
+    plan = full_size()
+    assert trained(plan.transformer) == 2_243_171_520 and plan.text_tokens == 333
+    assert plan.flops("text_to_image") == pytest.approx(7.33e12, rel=2e-3)
+    assert plan.flops("edit") == pytest.approx(14.70e12, rel=2e-3)
+    assert plan.rate("text_to_image") == pytest.approx(48.5, abs=0.1) and plan.rate("edit") == pytest.approx(
+        24.2, abs=0.1
+    )
+    each = [saved_bytes(plan.transformer, geometry, 1, False) / GIB for geometry in plan.samples.values()]
+    assert each == pytest.approx([3.25, 5.84], abs=0.01)
+    states = plan.states
+    assert states["weights"] == states["gradients"] == 2 * 2_243_171_520
+    assert states["position table"] == 4 * 226_492_416
+    assert plan.assumed and plan.peak < 139 * GIB
+
+
+def test_activations_do_not_change_with_the_batch_more_than_they_must() -> None:
+    plan = full_size()
+    room = largest_batch(plan)
+    assert 8 < room["edit"] < room["text_to_image"]
+    wide = replace(plan.run, batch_size=room["edit"] + 1)
+    assert Plan(wide).peak > 139 * GIB > Plan(replace(wide, batch_size=room["edit"])).peak
+
+
+def test_what_is_computed_again_takes_its_time() -> None:
+    plain, again, half = (full_size(Compute("bfloat16", recompute=what)) for what in (False, True, 12))
+    assert again.rate("edit") == pytest.approx(plain.rate("edit") * 3 / 4)
+    assert again.flops("edit") == plain.flops("edit")
+    assert again.peak < half.peak < plain.peak
+
+
+@pytest.mark.parametrize(
+    ("compute", "lora", "autocast"),
+    [
+        (Compute(), None, False),
+        (Compute("bfloat16"), None, False),
+        (Compute(), None, True),
+        (Compute(recompute=True), None, False),
+        (Compute(recompute="cheap"), None, False),
+        (Compute(recompute=1), None, False),
+        (Compute(), LORA, False),
+        (Compute("bfloat16"), LORA, False),
+    ],
+)
+@pytest.mark.parametrize("references", [0, 1, 2])
+def test_activations_are_those_that_autograd_saves(
+    compute: Compute, lora: Lora | None, autocast: bool, references: int
+) -> None:
+    module = KontextModule(str(built()), lora=lora, compute=compute)
+    module.configure_model()
+    transformer, config, count = module.transformer, module.transformer.config, 3
+    geometry = Geometry((8, 8), ((8, 8), (4, 8))[:references], 14)
+    latents = torch.randn(count, config.in_channels, 8, 8)
+    counter = SavedTensors([*transformer.parameters(), *transformer.buffers()])
+    pictures = [torch.randn(config.in_channels, *size) for size in geometry.references]
+    with counter.hooks(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        transformer(
+            hidden_states=latents,
+            ref_hidden_states=[pictures] * count if references else None,
+            encoder_hidden_states=torch.randn(count, 14, config.joint_attention_dim),
+            pooled_projections=torch.randn(count, config.pooled_projection_dim),
+            timestep=torch.rand(count),
+        ).sample.float().square().mean()
+    made = outline(dict(config), compute, lora)
+    assert saved_bytes(made, geometry, count, autocast) == pytest.approx(counter.bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("compute", [Compute(), Compute("bfloat16")])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_bytes_of_states_are_exact(compute: Compute, lora: Lora | None, tmp_path: Path) -> None:
+    module, ema = KontextModule(str(built()), steps=2, lora=lora, compute=compute), EMA()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[ema],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Stream([prompts(0), prompts(1)]), batch_size=None))
+    module.flow_matching_loss(prompts(2)).backward()
+    plan = Plan(run(KontextModule(str(built()), lora=lora, compute=compute)))
+    optimizer = trainer.optimizers[0]
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    idle = [p for _, p in module.trainable_parameters() if p not in optimizer.state]  # of the text's last output
+    found = {
+        "weights": sum(p.nbytes for p in module.transformer.parameters()),
+        "position table": sum(b.nbytes for b in module.transformer.buffers()),
+        "gradients": sum(p.grad.nbytes if p.grad is not None else p.nbytes for _, p in module.trainable_parameters()),
+        "optimiser": sum(value.nbytes for value in state),
+        "average (EMA)": sum(value.nbytes for value in ema.shadow.values()),
+        "text encoders": sum(
+            p.nbytes for name in ("text_encoder", "text_encoder_2", "text_encoder_3")
+            for p in {id(p): p for p in getattr(module.pipeline(), name).parameters()}.values()
+        ),
+        "autoencoder": sum(p.nbytes for p in module.pipeline().vae.parameters()),
+    }  # fmt: skip
+    assert not idle and plan.states == found
+
+
+def test_a_run_on_more_devices_is_faster_and_sharded_states_are_smaller() -> None:
+    class ShardedStrategy:
+        class_path = "lightning_modules.strategies.ShardedStrategy"
+
+    one = full_size()
+    eight = Plan(replace(one.run, trainer={"devices": 8, "max_steps": 10, "strategy": ShardedStrategy()}))
+    assert eight.step_samples == 8 * one.step_samples and eight.seconds == one.seconds
+    assert eight.states["optimiser"] * 8 == pytest.approx(one.states["optimiser"] - 4 * 2_243_171_520, rel=1e-3)
+
+
+def test_text_says_whether_it_fits() -> None:
+    plan = full_size()
+    assert any("fits in 139 GiB" in line for line in plan.lines())
+    small = Plan(plan.run, Machine(memory=24.0))
+    assert any("does NOT fit" in line for line in small.lines())
+
+
+def test_eight_bit_moments_are_counted_as_torchao_makes_them() -> None:
+    torchao = pytest.importorskip("torchao.optim")
+    parameter = torch.nn.Parameter(torch.randn(128, 64))
+    parameter.grad = torch.randn(128, 64)
+    optimizer = torchao.AdamW8bit([parameter])
+    optimizer.step()
+    plan = Plan(run(KontextModule(str(built()), optimizer=AdamW(bits=8))))
+    assert plan.optimiser_bytes < 3 * trained(plan.transformer)
+
+
+def test_the_config_is_sd35s() -> None:
+    assert outline(SD35_MEDIUM, Compute(), None).config.num_layers == 24

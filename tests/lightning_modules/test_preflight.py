@@ -1,0 +1,77 @@
+"""What is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+from micro import built, micro_folder
+
+from lightning_modules import preflight
+from lightning_modules.preflight import Finding
+
+
+def bad(findings: object) -> list[str]:
+    return [finding.found for finding in findings if finding.level == "BAD"]
+
+
+@pytest.mark.parametrize(
+    ("package", "release", "why"),
+    [
+        ("lightning", "2.6.2", "malware"),
+        ("lightning", "2.6.3", "malware"),
+        ("lightning", "2.6.4", "CVE-2026-58659"),
+        ("torch", "2.5.1+cu124", "can run code"),
+        ("transformers", "5.2.0", "CVE-2026-4372"),
+        ("lightning", "2.6.6", None),
+        ("torch", "2.15.0", None),
+    ],
+)
+def test_releases_on_the_deny_list_are_named(
+    package: str, release: str, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: release if name == package else real(name))
+    found = bad(preflight.versions())
+    assert found == [] if why is None else any(why in text and release.split("+")[0] in text for text in found)
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert bad(preflight.requested_devices({"devices": 8, "accelerator": "gpu"})) == [
+        "trainer.devices is 8 and this machine has 1 GPUs; use --trainer.devices 1"
+    ]
+    assert bad(preflight.requested_devices({"devices": 1, "accelerator": "auto"})) == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "--trainer.accelerator cpu" in bad(preflight.requested_devices({"devices": 2, "accelerator": "gpu"}))[0]
+    assert bad(preflight.requested_devices({"devices": 2, "accelerator": "cpu"})) == []
+
+
+def test_every_bad_part_of_the_weights_is_named(tmp_path: Path) -> None:
+    assert bad(preflight.weights(str(built()))) == []
+    folder = micro_folder(tmp_path / "folder")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors.incomplete").touch()
+    weights = folder / "text_encoder_3" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("SD3Transformer2DModel", "FluxTransformer2DModel"))
+    found = bad(preflight.weights(str(folder)))
+    assert len(found) == 3
+    for part in ("is half downloaded", "can run code when loaded", "describes a FluxTransformer2DModel"):
+        assert any(part in text for text in found), part
+    assert "there is no folder" in bad(preflight.weights(str(tmp_path / "absent")))[0]
+
+
+def test_shards_and_disk(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    found = bad(preflight.shards({"": [str(tmp_path / "absent"), str(tmp_path / "empty")]}))
+    assert "there is no folder" in found[0] and "holds no shards" in found[1]
+    assert bad(preflight.disk(tmp_path / "runs", 1e3)) == []
+    assert "make room" in bad(preflight.disk(tmp_path / "runs", 1e18))[0]
+
+
+def test_a_line_of_the_report() -> None:
+    assert str(Finding("BAD", "disk", "full")) == "BAD  disk            full"
+    assert [finding.what for finding in preflight.accelerators()]

@@ -1,0 +1,130 @@
+"""A short training on text-to-image and edit batches in turn, on one process or on several: `torchrun`'s variables say.
+
+    python tests/parallel.py OUTPUT VARIANT ...
+
+Writes OUTPUT/<variant>-<rank>.json: the losses of each batch, and a hash of the averaged weights at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from micro import built
+from rl import Stream, prompts
+from torch.utils.data import DataLoader
+
+from callbacks import EMA, Checkpoint, Export
+from callbacks.checkpoint_io import AtomicCheckpointIO
+from data_pipeline.batches import ImageBatch
+from lightning_modules.kontext import KontextModule
+from lightning_modules.networks.compute import Compute
+from lightning_modules.schedule import AdamW
+from lightning_modules.strategies import ShardedStrategy
+
+PLAIN = Compute()
+STEPS, SAMPLES, CLIP = 6, 4, 0.05  # clipped at every step
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accumulate": 2},
+    "ddp": {"strategy": "ddp"},
+    "sharded": {"strategy": "sharded"},
+    "sharded_accumulated": {"strategy": "sharded", "accumulate": 2},
+    "low": {"compute": Compute(weights="bfloat16")},
+    "low_ddp": {"strategy": "ddp", "compute": Compute(weights="bfloat16")},
+    "low_sharded": {"strategy": "sharded", "compute": Compute(weights="bfloat16")},
+    "again": {"compute": Compute(recompute=True)},
+    "cheap": {"compute": Compute(recompute="cheap")},
+    "compiled": {"compile": True},
+    "compiled_ddp": {"strategy": "ddp", "compile": True},
+    "compiled_sharded": {"strategy": "sharded", "compile": True},
+    "compiled_cheap": {"compute": Compute(recompute="cheap"), "compile": True},
+}
+
+
+def batches(rank: int, world: int, accumulate: int) -> Iterator[ImageBatch]:
+    """This rank's micro-batches: at each step, all ranks' and micro-batches' rows together are the same samples."""
+    for step in range(STEPS):
+        whole = prompts(step, "edit" if step % 2 else "text_to_image", SAMPLES)
+        parts = world * accumulate
+        for micro in range(accumulate):
+            rows = range(SAMPLES)[(micro * world + rank) :: parts]
+            found = whole.rows(rows[0], rows[0] + 1) if len(rows) == 1 else picked(whole, list(rows))
+            yield replace(found, prompts=[str(i) for i in found.sample_ids.tolist()])
+
+
+def picked(batch: ImageBatch, rows: list[int]) -> ImageBatch:
+    """Rows of a batch, in any order."""
+    parts = [batch.rows(i, i + 1) for i in rows]
+    references = None if batch.references is None else torch.cat([part.references for part in parts])
+    return replace(
+        batch,
+        tasks=[part.tasks[0] for part in parts],
+        keys=[part.keys[0] for part in parts],
+        sample_ids=torch.cat([part.sample_ids for part in parts]),
+        epochs=torch.cat([part.epochs for part in parts]),
+        target=torch.cat([part.target for part in parts]),
+        references=references,
+    )
+
+
+def trained(
+    output: Path,
+    name: str,
+    strategy: str = "auto",
+    accumulate: int = 1,
+    compile: bool = False,
+    compute: Compute = PLAIN,
+    steps: int = STEPS,
+    resume: Path | None = None,
+) -> dict[str, Any]:
+    """Losses of all micro-batches, the averaged weights, and where the run is."""
+    rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    folder = os.environ.get("MICRO_FOLDER") or str(built())
+    optimizer = AdamW(lr=1e-3, warmup_steps=2)
+    module = KontextModule(folder, STEPS, 0, optimizer, compile=compile, compute=compute)
+    losses: list[float] = []
+    module.log = lambda name, value, **_: losses.append(float(value)) if name == "train/loss" else None
+    ema = EMA(0.5, warmup=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=ShardedStrategy(world) if strategy == "sharded" else strategy,
+        devices=world,
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=CLIP,
+        logger=False,
+        default_root_dir=output / name,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[ema, Checkpoint(3), Export()],
+    )
+    start = 0 if resume is None else 3 * accumulate
+    mine = list(batches(rank, world, accumulate))[start:]
+    trainer.fit(module, DataLoader(Stream(mine), batch_size=None), ckpt_path=resume)
+    average = {key: value.tolist() for key, value in ema.state_dict()["shadow"].items() if "proj_out" in key}
+    norm = float(module.gradient_norm())
+    return {"losses": losses, "average": average, "norm": norm, "batches": [b.task for b in mine]}
+
+
+def main(output: Path, names: list[str]) -> None:
+    """Trains each variant and writes what it gave; "NAME+resumed" goes on from the middle of NAME."""
+    torch.set_num_threads(1)
+    for name in names:
+        plain, _, resumed = name.partition("+")
+        checkpoint = output / plain / "checkpoints" / "step_00000003.ckpt" if resumed else None
+        found = trained(output, name, resume=checkpoint, **VARIANTS[plain])
+        (output / f"{name}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

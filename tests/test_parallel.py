@@ -1,0 +1,143 @@
+"""The same losses on one rank and on two, replicated and sharded, accumulated, compiled, recomputed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from micro import built
+from parallel import STEPS, VARIANTS, trained
+
+from lightning_modules.pipelines import KontextPipeline
+
+ROOT = Path(__file__).parents[1]
+EXACT, LOW = 2e-5, 2e-2  # relative: of float32, whose sums are taken in another order; of bfloat16
+
+
+def two_ranks(output: Path, *names: str) -> None:
+    """Runs variants on two gloo processes."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    common |= {"MICRO_FOLDER": str(built()), "HF_HUB_OFFLINE": "1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    argv = [sys.executable, str(ROOT / "tests" / "parallel.py"), str(output), *names]
+    with ExitStack() as stack:
+        logs = [stack.enter_context(open(output / f"log-{rank}", "w+")) for rank in range(2)]
+        processes = [
+            subprocess.Popen(argv, env={**common, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, stdout=log, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(timeout=280) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for code, log in zip(codes, logs, strict=True):
+            log.seek(0)
+            assert code == 0, log.read()[-4000:]
+
+
+def losses(output: Path, name: str, accumulate: int = 1) -> list[float]:
+    """The loss of each step: the mean over ranks and micro-batches, which are equally large."""
+    ranks = [json.loads((output / f"{name}-{rank}.json").read_text())["losses"] for rank in range(2)]
+    return [
+        sum(r[i * accumulate + m] for r in ranks for m in range(accumulate)) / (2 * accumulate) for i in range(STEPS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One rank, float32, eager, big batches."""
+    return trained(tmp_path_factory.mktemp("plain"), "plain")
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, several ways."""
+    output = tmp_path_factory.mktemp("parallel")
+    two_ranks(output, "ddp", "sharded", "sharded_accumulated", "sharded+resumed", "low_ddp", "low_sharded")
+    return output
+
+
+def close(found: list[float], wanted: list[float], tolerance: float) -> None:
+    assert found == pytest.approx(wanted, rel=tolerance, abs=0)
+
+
+def test_batches_of_both_tasks_are_trained_on_and_clipped(plain: dict[str, Any]) -> None:
+    assert set(plain["batches"]) == {"text_to_image", "edit"}
+    assert len(plain["losses"]) == STEPS and plain["losses"][-1] != plain["losses"][-3]
+
+
+def test_accumulation_equals_a_big_batch(plain: dict[str, Any], tmp_path: Path) -> None:
+    found = trained(tmp_path, "accumulated", **VARIANTS["accumulated"])["losses"]
+    close([(a + b) / 2 for a, b in zip(found[::2], found[1::2], strict=True)], plain["losses"], EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate", "tolerance"),
+    [("ddp", 1, EXACT), ("sharded", 1, EXACT), ("sharded_accumulated", 2, EXACT), ("low_ddp", 1, LOW),
+     ("low_sharded", 1, LOW)],
+)  # fmt: skip
+def test_two_ranks_give_the_losses_of_one(
+    name: str, accumulate: int, tolerance: float, plain: dict[str, Any], parallel: Path
+) -> None:
+    close(losses(parallel, name, accumulate), plain["losses"], tolerance)
+
+
+def test_all_ranks_have_one_norm_and_one_average(plain: dict[str, Any], parallel: Path) -> None:
+    for name in ("ddp", "sharded"):
+        ranks = [json.loads((parallel / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+        assert ranks[0]["norm"] == ranks[1]["norm"] == pytest.approx(plain["norm"], rel=1e-4)
+        assert ranks[0]["average"] == ranks[1]["average"]
+        for key, value in plain["average"].items():
+            torch.testing.assert_close(
+                torch.tensor(ranks[0]["average"][key]), torch.tensor(value), rtol=1e-3, atol=1e-5
+            )
+
+
+def test_a_sharded_run_resumes_exactly(parallel: Path) -> None:
+    whole, resumed = (
+        [json.loads((parallel / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+        for name in ("sharded", "sharded+resumed")
+    )
+    for one, other in zip(whole, resumed, strict=True):
+        assert other["losses"] == one["losses"][3:] and other["average"] == one["average"]
+
+
+def test_the_exports_of_replicated_and_sharded_runs_are_alike(parallel: Path) -> None:
+    a, b = (KontextPipeline.from_pretrained(parallel / name / "export").transformer for name in ("ddp", "sharded"))
+    for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ["again", "cheap"])
+def test_what_is_recomputed_changes_no_bit(name: str, plain: dict[str, Any], tmp_path: Path) -> None:
+    found = trained(tmp_path, name, **VARIANTS[name])
+    assert found["losses"] == plain["losses"] and found["average"] == plain["average"]
+
+
+def test_bfloat16_weights_with_masters_follow_float32(plain: dict[str, Any], tmp_path: Path) -> None:
+    close(trained(tmp_path, "low", **VARIANTS["low"])["losses"], plain["losses"], LOW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compiled", "compiled_cheap"])
+def test_compiled_blocks_give_the_losses_of_eager_ones(name: str, plain: dict[str, Any], tmp_path: Path) -> None:
+    close(trained(tmp_path, name, **VARIANTS[name])["losses"], plain["losses"], 1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_on_two_ranks(plain: dict[str, Any], tmp_path: Path) -> None:
+    two_ranks(tmp_path, "compiled_ddp", "compiled_sharded")
+    for name in ("compiled_ddp", "compiled_sharded"):
+        close(losses(tmp_path, name), plain["losses"], 1e-4)
