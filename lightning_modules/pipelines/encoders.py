@@ -112,7 +112,7 @@ class LatentEncoder:
                     self.store.add(name, {"moments": value})
         target = torch.stack([row.pop(0) for row in moments]).float() if batch.has_targets else batch.target
         references = collate_references([[value.float() for value in row] for row in moments])
-        return replace(batch, target=target, references=references, encoded=True)
+        return replace(batch, target=target, references=references, encoded=True, pictures=batch.references)
 
     def sample(
         self, moments: Float[Tensor, "b c2 h w"], seed: int, purpose: str, batch: ImageBatch

@@ -1,0 +1,27 @@
+"""Any checkpoint folder as the pipeline that it is for, and what makes its conditions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.pipelines.kontext import KontextPipeline
+from lightning_modules.pipelines.metaquery import MetaqueryPipeline
+from lightning_modules.pipelines.prompts import PromptCache, Prompts
+from lightning_modules.pipelines.queries import QueryCache
+
+
+def open_folder(folder: Path, vlm: str | None = None) -> KontextPipeline:
+    """The pipeline of a checkpoint folder: one with `conditioner/` is a Metaquery model, whose VLM may lie apart."""
+    if (folder / "conditioner").is_dir():
+        return MetaqueryPipeline.from_pretrained(folder, vlm)
+    if vlm is not None:
+        raise CheckpointError(f"{folder} has no conditioner/, which would query the VLM {vlm}; leave vlm out (null)")
+    return KontextPipeline.from_pretrained(folder)
+
+
+def prompts_of(pipeline: KontextPipeline, root: str | None = None) -> Prompts:
+    """What makes conditions of prompts and pictures, remembered; also in a folder of feature stores, if one is given."""
+    if isinstance(pipeline, MetaqueryPipeline):
+        return QueryCache(pipeline, root=root)
+    return PromptCache(pipeline, root=root)
