@@ -121,16 +121,22 @@ def random_question(rng: random.Random, level: int, split: str, kind: str) -> Qu
         edit = random_edit(rng, level, split)
         if kind == "after":
             return Question(kind, f"What will it show? {edit.instruction}", listing(edit.target), edit.source)
-        return Question(kind, change(listing(edit.target)), instruction(edit), edit.source)
+        caption = placed(rng, edit.target) if rng.random() < 0.5 else listing(edit.target)
+        return Question(kind, change(caption), instruction(edit), edit.source)
     while True:
         scene = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
         if scene.split == split:
             break
     if kind != "plan":
         return ask(rng, scene, kind)
+    return Question(kind, f"Where is what? {placed(rng, scene)}", listing(scene), None)
+
+
+def placed(rng: random.Random, scene: Scene) -> str:
+    """A caption that names the places of all objects; a relation would leave more than one right answer."""
     while (caption := describe(rng, scene, "position")).relation is not None:
-        pass  # a relation leaves the places open: it has more than one right answer
-    return Question(kind, f"Where is what? {caption.text}", listing(scene), None)
+        pass
+    return caption.text
 
 
 def benchmark(level: int, count: int, seed: int) -> list[Question]:

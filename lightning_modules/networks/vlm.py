@@ -151,15 +151,18 @@ class Vlm(nn.Module):
     def prefix(self, conversations: Sequence[str], pictures: Pictures, queries: int, rows: int) -> list[Features]:
         """Of each conversation its keys and values {"cache": (layers, 2, heads, T, d)} and the "position" after it.
 
-        Conversations are read `rows` at a time, filled up where there are fewer, those of one length together: so the
+        Conversations are read `rows` at a time, filled up where there are fewer, those of one geometry together: so the
         same one gives the same bits whatever is beside it. As the model is causal, padding behind changes nothing.
         """
         found: list[Features | None] = [None] * len(conversations)
         seen = [[self.patches(picture) for picture in own] for own in pictures]
         grids = [[grid for _, grid in own] for own in seen]
         ids = [self.tokens(*each, queries) for each in zip(conversations, grids, strict=True)]
-        for length in sorted({-(-len(own) // ROUND) * ROUND for own in ids}):
-            alike = [i for i, own in enumerate(ids) if length - ROUND < len(own) <= length]
+        shapes = [
+            (-(-len(own) // ROUND) * ROUND, [grid.tolist() for grid in row]) for own, row in zip(ids, grids, strict=True)
+        ]
+        for shape in [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]:
+            length, alike = shape[0], [i for i, own in enumerate(shapes) if own == shape]
             for start in range(0, len(alike), rows):
                 chunk = alike[start : start + rows]
                 full = chunk + [chunk[0]] * (rows - len(chunk))
