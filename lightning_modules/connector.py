@@ -289,10 +289,9 @@ class ConnectorModule(L.LightningModule):
 
     def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b n e"], Float[Tensor, "b p"]]:
         """What the queries bring back, with gradients where they lead to something that is trained."""
-        pictures = batch.pixels() if self._pipeline.reference != "transformer" or batch.pictures else None
         if self.vlm_lora is not None:
-            return self._pipeline.condition(self._pipeline.read(batch.prompts, pictures))
-        prefixes = self._queries.prefixes(batch.prompts, pictures)
+            return self._pipeline.condition(self._pipeline.read(batch.prompts, batch.pixels()))
+        prefixes = self._queries.prefixes(batch.prompts, batch.pixels())
         self._prefix_tokens = sum(each["cache"].shape[-2] for each in prefixes) / len(prefixes)
         with nullcontext() if "connector" in self.parts else torch.no_grad():
             return self._pipeline.condition(prefixes)

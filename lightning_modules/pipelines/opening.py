@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lightning_modules.networks.connected import Connected
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.pipelines.kontext import KontextPipeline
 from lightning_modules.pipelines.metaquery import MetaqueryPipeline
@@ -25,3 +26,16 @@ def prompts_of(pipeline: KontextPipeline, root: str | None = None) -> Prompts:
     if isinstance(pipeline, MetaqueryPipeline):
         return QueryCache(pipeline, root=root)
     return PromptCache(pipeline, root=root)
+
+
+def connected(pipeline: KontextPipeline, prompts: Prompts) -> Connected:
+    """Transformer and connector of a Metaquery model as one network; its prompts become hidden states from here on."""
+    if not isinstance(pipeline, MetaqueryPipeline) or not isinstance(prompts, QueryCache):
+        raise CheckpointError("train_connector needs a Metaquery model, and this folder has no conditioner/; leave it out")
+    prompts.hidden = True
+    return Connected(pipeline.transformer, pipeline.conditioner)
+
+
+def reads_pictures(pipeline: KontextPipeline | None) -> bool:
+    """Whether its conditions depend on the pictures to edit."""
+    return isinstance(pipeline, MetaqueryPipeline)

@@ -25,6 +25,10 @@ class QueryCache:
         max_bytes: memory for keys and values of prefixes.
         root: a folder of feature stores to look them up in, and to keep new ones in.
         rows: conversations that are read at a time.
+
+    Attributes:
+        hidden: give the language model's hidden states at the queries in place of embeddings, to what has the connector
+            in it (Connected).
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class QueryCache:
         self.pipeline, self.max_bytes, self.rows, self._bytes = pipeline, max_bytes, rows, 0
         self.store = None if root is None else FeatureStore(root, self.fingerprint)
         self._entries: OrderedDict[str, Features] = OrderedDict()
+        self.hidden = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -46,7 +51,12 @@ class QueryCache:
         self, prompts: Sequence[str], pictures: Pictures | None = None
     ) -> tuple[Float[Tensor, "b n e"], Float[Tensor, "b p"]]:
         """Sequence and pooled embeddings; gradients reach queries and connector where they are asked for."""
-        return self.pipeline.condition(self.prefixes(prompts, pictures))
+        prefixes = self.prefixes(prompts, pictures)
+        if not self.hidden:
+            return self.pipeline.condition(prefixes)
+        queries = self.pipeline.conditioner.meta_queries
+        hidden = self.pipeline.vlm.query(queries, prefixes).to(queries.dtype)
+        return hidden, hidden.new_zeros(len(hidden), 0)
 
     @torch.no_grad()
     def prefixes(self, prompts: Sequence[str], pictures: Pictures | None = None) -> list[Features]:
