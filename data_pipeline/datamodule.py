@@ -113,8 +113,8 @@ class ShardDataModule(L.LightningDataModule):
         remote_copies: where what was read of shards behind URLs is kept, and how much; None keeps nothing.
         prompt_records: serve prompts too, which have no target, as sets "prompt" and "edit_prompt": reinforcement
             samples from them.
-        reference_pixels: serve references as pixels too where the cache has their moments: a vision-language model reads
-            pixels.
+        reference_pixels: serve references as pixels too where the cache has their moments: a vision-language model
+            reads pixels.
     """
 
     def __init__(

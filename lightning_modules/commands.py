@@ -216,7 +216,7 @@ def read_requests(path: Path, instruction: str | None, question: str | None = No
             raise InputError(f"--input {path} holds no pictures; expected {', '.join(EXTENSIONS)}")
         if bool(instruction) == bool(question):
             raise InputError(
-                f"--input {path} is a folder of pictures; say what to do with them: --instruction TEXT, or --question TEXT"
+                f"--input {path} is a folder of pictures; say what to do: --instruction TEXT, or --question TEXT"
             )
         stems = Counter(picture.stem for picture in pictures)
         for picture in pictures:

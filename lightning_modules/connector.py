@@ -69,13 +69,13 @@ class ConnectorModule(L.LightningModule):
 
     Args:
         pretrained: checkpoint folder of transformer, autoencoder and scheduler, such as an export of configs/edit.yaml.
-        vlm: folder of a Qwen2.5-VL, or "pocket", which is built on first use; None takes that of `conditioner`, else that
-            of `pretrained`.
+        vlm: folder of a Qwen2.5-VL, or "pocket", which is built on first use; None takes that of `conditioner`, else
+            that of `pretrained`.
         conditioner: a Metaquery folder, the conditioner of which is gone on with; None takes that of `pretrained` if it
             has one, and else makes a new one.
         connector: sizes of a new one.
         train: what the optimiser moves; the queries belong to the connector.
-        reference: who sees the pictures to edit; None takes what the conditioner was trained with, and both for a new one.
+        reference: who sees the pictures to edit; None takes what the conditioner was trained with, both for a new one.
         reading: how the vision-language model is queried; None as above.
         steps: optimiser steps of the whole run, for the schedule.
         seed: the seed of every draw.
@@ -298,7 +298,7 @@ class ConnectorModule(L.LightningModule):
 
     @property
     def passes(self) -> int:
-        """The transformer's passes in a step: forward; backward to its input, and to its weights where it is trained."""
+        """The transformer's passes in a step: forward, backward to its input, and to its weights if it is trained."""
         backward = "connector" in self.parts or self.vlm_lora is not None
         return 1 + backward + 1 if "transformer" in self.parts else 1 + backward
 

@@ -105,7 +105,9 @@ def build_vlm(folder: Path, recipe: VlmRecipe) -> None:
 def untrained(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe) -> Vlm:
     """The model at its random initialisation."""
     names = ("vision_start", "vision_end", "image", "video")
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(t) for name, t in zip(names, CHAT_TOKENS[3:], strict=True)}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(t) for name, t in zip(names, CHAT_TOKENS[3:], strict=True)
+    }
     head = recipe.width // recipe.heads
     rows = (head // 2 - head // 8) // 2  # of the pairs of a head, an eighth of it is time, and the rest row and column
     sections = [head // 2 - 2 * rows, rows, rows]

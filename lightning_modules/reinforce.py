@@ -99,8 +99,8 @@ class ReinforceModule(L.LightningModule):
             )
         if regularisation.reference is not None and (lora is not None or train_connector):
             raise InputError(
-                "regularisation.reference: adapters' reference is what they are added to, and a connector's what it was; "
-                "leave it out"
+                "regularisation.reference: that of adapters is what they are added to, and a connector's is what it "
+                "was; leave it out"
             )
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights

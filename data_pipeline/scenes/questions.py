@@ -1,4 +1,4 @@
-"""Questions about scenes, each with its one right answer: what a vision-language model is taught, and is measured by."""
+"""Questions about scenes, each with its one right answer: what a vision-language model is taught and measured by."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def instruction(edit: Edit) -> str:
         return f"remove {what}"
     if edit.kind == "move":
         return f"move {what} to the {names[new.cell]}"
-    return f"make {what} {new.colour}" if edit.kind == "recolour" else f"replace {what} with {phrase(new, source.level)}"
+    return (
+        f"make {what} {new.colour}" if edit.kind == "recolour" else f"replace {what} with {phrase(new, source.level)}"
+    )
 
 
 def random_question(rng: random.Random, level: int, split: str, kind: str) -> Question:

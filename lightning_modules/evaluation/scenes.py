@@ -110,8 +110,8 @@ def outcomes(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, l
 
 def means(found: Mapping[str, Sequence[float]], settings: SceneBenchmark) -> dict[str, float]:
     """Means of outcomes: `t2i_success`, and the same for each GenEval task; `edit_success`, and the same for each kind
-    of edit; `preservation`, the share of untouched cells unchanged; `understanding`, that of questions answered word for
-    word, and the same for each kind."""
+    of edit; `preservation`, the share of untouched cells unchanged; `understanding`, that of questions answered word
+    for word, and the same for each kind."""
     captions, edits = held_out(settings)
     kinds = {"t2i_success": [c.task for c in captions], "edit_success": [e.kind for e in edits]}
     asked = questions.benchmark(settings.level, settings.count, settings.seed) if "understanding" in found else []

@@ -27,8 +27,8 @@ class Conditioner(ModelMixin, ConfigMixin):
     """Queries, a projection into the connector's width, a bidirectional encoder, and one head each for the sequence and
     the pooled embedding. Loads and writes Skywork's `conditioner/` folder.
 
-    A new one has queries of N(0, 1/sqrt(d)) and heads of zero, as in DeepGen (arXiv 2602.12205): what the transformer is
-    conditioned on starts at zero.
+    A new one has queries of N(0, 1/sqrt(d)) and heads of zero, as in DeepGen (arXiv 2602.12205): what the transformer
+    is conditioned on starts at zero.
 
     Args:
         connector_config: `hidden_size`, `intermediate_size`, `num_hidden_layers` and `num_attention_heads` of the
@@ -57,7 +57,9 @@ class Conditioner(ModelMixin, ConfigMixin):
         if missing:
             raise CheckpointError(f"connector_config lacks {', '.join(missing)}; expected a whole number for each")
         if (activation := connector_config.get("hidden_act", ACTIVATION)) != ACTIVATION:
-            raise CheckpointError(f"connector_config: hidden_act is {activation}; the release's, {ACTIVATION}, is built in")
+            raise CheckpointError(
+                f"connector_config: hidden_act is {activation}; the release's, {ACTIVATION}, is built in"
+            )
         width = connector_config["hidden_size"]
         self.connector = Encoder(connector_config)
         self.projector_1 = nn.Linear(fused_layers * llm_hidden_size, width)

@@ -42,7 +42,7 @@ def connector_flops(config: Any) -> float:
 
 
 def query_flops(config: Any, queries: int, prefix: float) -> float:
-    """FLOPs of one sample's queries through a language model behind a prefix of so many tokens, from its text config."""
+    """FLOPs of a sample's queries through a language model behind a prefix of so many tokens, from its text config."""
     width, heads = config.hidden_size, config.num_key_value_heads / config.num_attention_heads
     linear = queries * (2 * width**2 + 2 * heads * width**2 + 3 * width * config.intermediate_size)
     attention = 2 * queries * (prefix + queries) * width

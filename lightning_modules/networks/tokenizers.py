@@ -10,7 +10,15 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+CHAT_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 SEPARATORS = {",", "Ġand"}  # phrases of their own: what stands on either side can be anything
 OPENERS = {"Ġin", "Ġat", "Ġon", "Ġto"}  # a phrase may begin with them and goes on no further back
 

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL as MetaQuery uses it: learnable queries behind a conversation, whose hidden states condition a transformer.
+"""Qwen2.5-VL as MetaQuery has it: learnable queries behind a conversation, whose hidden states are conditions.
 
-The language model is causal, so what stands before the queries does not depend on them. Its keys and values are computed
-once (`prefix`) and can be kept; only the queries pass through the layers in each step (`query`).
+The language model is causal, so what stands before the queries does not depend on them. Its keys and values are
+computed once (`prefix`) and can be kept; only the queries pass through the layers in each step (`query`).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Vlm(nn.Module):
         ids = self.processor.tokenizer(expanded, return_tensors="pt", truncation=False).input_ids[0]
         if len(ids) + room > self.context:
             raise CheckpointError(
-                f"the text {conversation[:60]!r}... and its pictures are {len(ids)} tokens, and {room} more must follow: "
+                f"the text {conversation[:60]!r}... and its pictures are {len(ids)} tokens, {room} more must follow: "
                 f"the VLM's context has {self.context}; shorten the text, or take smaller pictures or fewer queries"
             )
         return ids
@@ -159,7 +159,8 @@ class Vlm(nn.Module):
         grids = [[grid for _, grid in own] for own in seen]
         ids = [self.tokens(*each, queries) for each in zip(conversations, grids, strict=True)]
         shapes = [
-            (-(-len(own) // ROUND) * ROUND, [grid.tolist() for grid in row]) for own, row in zip(ids, grids, strict=True)
+            (-(-len(own) // ROUND) * ROUND, [grid.tolist() for grid in row])
+            for own, row in zip(ids, grids, strict=True)
         ]
         for shape in [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]:
             length, alike = shape[0], [i for i, own in enumerate(shapes) if own == shape]

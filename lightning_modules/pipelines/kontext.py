@@ -220,9 +220,7 @@ class KontextPipeline(StableDiffusion3Pipeline):
         """Embeddings of prompts; text encoders see no pictures."""
         return self.encode_unique(prompts, length)
 
-    def _pictures(
-        self, references: list[list[Image.Image]] | None, size: tuple[int, int]
-    ) -> list[list[Tensor]] | None:
+    def _pictures(self, references: list[list[Image.Image]] | None, size: tuple[int, int]) -> list[list[Tensor]] | None:
         """References (3, h, w) in [-1, 1]; one of a prompt at the output's size, several at their own."""
         if references is None:
             return None

@@ -150,9 +150,7 @@ class MetaqueryPipeline(KontextPipeline):
 
     def limit_t5(self, tokens: int) -> None:
         """A model without T5 has nothing to limit."""
-        raise CheckpointError(
-            f"max_sequence_length is {tokens}, and a Metaquery model has no T5; leave it out (null)"
-        )
+        raise CheckpointError(f"max_sequence_length is {tokens}, and a Metaquery model has no T5; leave it out (null)")
 
     def read(self, prompts: Sequence[str], pictures: Pictures | None, rows: int = ROWS) -> list[Features]:
         """What the language model keeps of each prompt and its pictures; see Vlm.prefix."""
@@ -213,7 +211,9 @@ def require_conditioner(folder: Path) -> None:
     """Refuses what is no Metaquery model."""
     if not (folder / "conditioner").is_dir():
         what = "has no conditioner/, so it is no Metaquery model" if folder.is_dir() else "is no folder"
-        raise CheckpointError(f"{folder} {what}; give Skywork's UniPic2-Metaquery, or an export of configs/connector.yaml")
+        raise CheckpointError(
+            f"{folder} {what}; give Skywork's UniPic2-Metaquery, or an export of configs/connector.yaml"
+        )
 
 
 def vlm_of(folder: Path, vlm: str | Path | None) -> Path:

@@ -22,7 +22,7 @@ def open_folder(folder: Path, vlm: str | None = None) -> KontextPipeline:
 
 
 def prompts_of(pipeline: KontextPipeline, root: str | None = None) -> Prompts:
-    """What makes conditions of prompts and pictures, remembered; also in a folder of feature stores, if one is given."""
+    """What makes conditions of prompts and pictures, remembered; in a folder of feature stores too, if one is given."""
     if isinstance(pipeline, MetaqueryPipeline):
         return QueryCache(pipeline, root=root)
     return PromptCache(pipeline, root=root)
@@ -31,7 +31,9 @@ def prompts_of(pipeline: KontextPipeline, root: str | None = None) -> Prompts:
 def connected(pipeline: KontextPipeline, prompts: Prompts) -> Connected:
     """Transformer and connector of a Metaquery model as one network; its prompts become hidden states from here on."""
     if not isinstance(pipeline, MetaqueryPipeline) or not isinstance(prompts, QueryCache):
-        raise CheckpointError("train_connector needs a Metaquery model, and this folder has no conditioner/; leave it out")
+        raise CheckpointError(
+            "train_connector needs a Metaquery model, and this folder has no conditioner/; leave it out"
+        )
     prompts.hidden = True
     return Connected(pipeline.transformer, pipeline.conditioner)
 

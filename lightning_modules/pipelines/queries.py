@@ -1,4 +1,4 @@
-"""Conditions of a Metaquery model, with what its frozen language model read remembered: only queries are computed anew."""
+"""Conditions of a Metaquery model. What its frozen language model read is remembered; queries are computed anew."""
 
 from __future__ import annotations
 

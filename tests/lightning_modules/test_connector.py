@@ -95,7 +95,7 @@ def test_moments_train_as_pixels_do_where_pixels_come_along(folder: str) -> None
     module = made(pretrained=folder, vlm=None)
     encoded = module.latent_encoder().encode_batch(batch())
     assert encoded.encoded and torch.equal(module.flow_matching_loss(encoded), module.flow_matching_loss(batch()))
-    with pytest.raises(InputError, match="set data.reference_pixels to true"):
+    with pytest.raises(InputError, match=r"set data.reference_pixels to true"):
         module.flow_matching_loss(replace(encoded, pictures=None))
     with pytest.raises(InputError, match="prompts have no target"):
         module.flow_matching_loss(replace(batch(), target=torch.zeros(3, 0, 32, 32)))
@@ -221,7 +221,11 @@ def test_fewer_queries_and_more_layers_by_config() -> None:
 MISTAKES = {
     "nothing to train": ({"train": []}, InputError, "train is empty"),
     "a share above 1": ({"reconstruction": 2.0}, InputError, "reconstruction is a share"),
-    "a cache of what changes": ({"vlm_lora": Lora(2, 2), "feature_cache": "x"}, InputError, "leave it out, or vlm_lora"),
+    "a cache of what changes": (
+        {"vlm_lora": Lora(2, 2), "feature_cache": "x"},
+        InputError,
+        "leave it out, or vlm_lora",
+    ),
     "no VLM anywhere": ({"vlm": None}, CheckpointError, "no vision-language model at"),
     "no conditioner there": ({"conditioner": "nowhere"}, CheckpointError, "nowhere is no folder"),
     "a task's name": ({"task_weights": {"edt": 1.0}}, InputError, "names edt"),

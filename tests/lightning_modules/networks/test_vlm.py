@@ -85,7 +85,9 @@ def test_a_prefix_has_the_same_bits_beside_any_other() -> None:
     together = vlm.prefix([*conversations(vlm), *conversations(vlm)], [*PICTURES, *PICTURES], 5, rows=2)
     for i in range(3):
         (alone,) = vlm.prefix(conversations(vlm)[i : i + 1], PICTURES[i : i + 1], 5, rows=2)
-        assert torch.equal(together[i]["cache"], alone["cache"]) and torch.equal(together[i + 3]["cache"], alone["cache"])
+        assert torch.equal(together[i]["cache"], alone["cache"]) and torch.equal(
+            together[i + 3]["cache"], alone["cache"]
+        )
         assert together[i]["position"] == alone["position"]
 
 

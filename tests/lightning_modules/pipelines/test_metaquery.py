@@ -82,7 +82,10 @@ def test_pictures_are_those_of_the_released_scripts(pipeline: MetaqueryPipeline,
 
 
 def test_a_mixed_batch_is_its_singles(pipeline: MetaqueryPipeline) -> None:
-    prompts, images = ["a", "make it red", "longer than the others by far"], [[], [picture()], [picture(), picture(seed=1)]]
+    prompts, images = (
+        ["a", "make it red", "longer than the others by far"],
+        [[], [picture()], [picture(), picture(seed=1)]],
+    )
     latents = torch.randn(3, 2, 8, 8, generator=seeded())
     draws = [seeded(i) for i in range(3)]
     options = {**OPTIONS, "guidance_scale": 1.0, "height": 32, "width": 32}
@@ -98,13 +101,17 @@ def test_references_go_where_they_are_told(tmp_path: Path) -> None:
     for reference in ("both", "vlm", "transformer"):
         pipeline = MetaqueryPipeline.from_pretrained(micro_metaquery(tmp_path / reference, reference))
         assert pipeline.reference == reference
-        seen = [pipeline.read(["x"], [[image]])[0]["cache"] for image in (torch.zeros(3, 32, 32), torch.ones(3, 32, 32))]
+        seen = [
+            pipeline.read(["x"], [[image]])[0]["cache"] for image in (torch.zeros(3, 32, 32), torch.ones(3, 32, 32))
+        ]
         encoded = pipeline._encode_references([[torch.zeros(3, 32, 32)]], seeded())
         changes[reference] = not torch.equal(*seen), encoded is not None
     assert changes == {"both": (True, True), "vlm": (True, False), "transformer": (False, True)}
 
 
-def test_an_export_is_whole_and_stock_diffusers_reads_it(folder: Path, pipeline: MetaqueryPipeline, tmp_path: Path) -> None:
+def test_an_export_is_whole_and_stock_diffusers_reads_it(
+    folder: Path, pipeline: MetaqueryPipeline, tmp_path: Path
+) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     assert {entry[0] for entry in index.values() if isinstance(entry, list)} == {"diffusers", None}
     stock = StableDiffusion3Pipeline.from_pretrained(folder)
@@ -133,7 +140,10 @@ def test_a_release_without_a_vlm_takes_it_from_apart(folder: Path, pipeline: Met
 
 
 def test_it_answers_questions_with_and_without_pictures(pipeline: MetaqueryPipeline) -> None:
-    questions, images = ["What is it?", "Where is what? a red circle", "And here?"], [picture(), None, picture((64, 32))]
+    questions, images = (
+        ["What is it?", "Where is what? a red circle", "And here?"],
+        [picture(), None, picture((64, 32))],
+    )
     together = pipeline.ask(questions, images, max_new_tokens=5)
     assert together == [pipeline.ask(q, i, max_new_tokens=5)[0] for q, i in zip(questions, images, strict=True)]
     torch.manual_seed(0)
@@ -171,7 +181,9 @@ def test_parts_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "wide")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     Conditioner(sizes, 4, 40, 16, 24).save_pretrained(tmp_path / "wide" / "conditioner")
-    with pytest.raises(CheckpointError, match=r"llm_hidden_size 40 where the VLM's hidden_size is 32; joint_attention_dim 24"):
+    with pytest.raises(
+        CheckpointError, match=r"llm_hidden_size 40 where the VLM's hidden_size is 32; joint_attention_dim 24"
+    ):
         MetaqueryPipeline.from_pretrained(tmp_path / "wide")
     with pytest.raises(CheckpointError, match="has no conditioner/, so it is no Metaquery model"):
         MetaqueryPipeline.from_pretrained(built())
