@@ -266,7 +266,8 @@ class ConnectorModule(L.LightningModule):
         batch = self._encoder.encode_batch(batch)
         if not self.training:
             return batch
-        return replace(self.reconstructed(batch), prompts=self.dropout.captions(batch, self.seed))
+        batch = self.reconstructed(batch)
+        return replace(batch, prompts=self.dropout.captions(batch, self.seed))
 
     def reconstructed(self, batch: ImageBatch) -> ImageBatch:
         """Some edits with their one reference as the target, and an instruction to keep it."""

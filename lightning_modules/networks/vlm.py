@@ -90,6 +90,11 @@ class Vlm(nn.Module):
         return self.model.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    @property
     def width(self) -> int:
         """Of a hidden state."""
         return self.text.hidden_size

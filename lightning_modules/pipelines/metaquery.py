@@ -123,7 +123,8 @@ class MetaqueryPipeline(KontextPipeline):
         )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes a checkpoint folder that `from_pretrained` reads, and stock diffusers too, which takes embeddings.
+        """Writes a checkpoint folder that `from_pretrained` reads, and stock diffusers too: with None passed for each
+        text encoder and tokenizer, it takes embeddings.
 
         The files of a frozen vision-language model are linked where the file system can, else copied.
         """

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from micro import built, built_vlm, micro_metaquery
+from rl import Stream
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -170,31 +171,26 @@ def test_flops_by_hand_equal_counted_ones(train: list[str], folder: str) -> None
     assert module.training_flops(data) == pytest.approx(counted, rel=0.1)
 
 
-def trained(steps: int, root: Path, folder: str, checkpoint: Path | None = None) -> ConnectorModule:
+def trained(start: int, stop: int, root: Path, folder: str) -> ConnectorModule:
+    """Trains on the batches from `start` to `stop`, from the checkpoint at `start` where that is not 0."""
     module = ConnectorModule(folder, train=["connector"], steps=4)
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=root,
+        accelerator="cpu", max_steps=stop, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
     )  # fmt: skip
-    batches = [batch(("edit", "text_to_image")[i % 2], seed=i) for i in range(4)]
-    batches = batches[2:] if checkpoint else batches[:steps]
-    trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=checkpoint, weights_only=True)
-    trainer.save_checkpoint(root / f"{steps}.ckpt")
+    batches = [batch(("edit", "text_to_image")[i % 2], seed=i) for i in range(start, stop)]
+    before = root / f"{start}.ckpt" if start else None
+    trainer.fit(module, DataLoader(Stream(batches), batch_size=None), ckpt_path=before, weights_only=True)
+    trainer.save_checkpoint(root / f"{stop}.ckpt")
     return module
 
 
 def test_a_run_resumes_bit_for_bit_and_keeps_no_frozen_weights(folder: str, tmp_path: Path) -> None:
-    whole = trained(4, tmp_path / "whole", folder)
-    trained(2, tmp_path, folder)
+    whole = trained(0, 4, tmp_path / "whole", folder)
+    trained(0, 2, tmp_path, folder)
     state = torch.load(tmp_path / "2.ckpt", weights_only=True)
     assert state["state_dict"] and all(name.startswith("conditioner.") for name in state["state_dict"])
-    again = ConnectorModule(folder, train=["connector"], steps=4)
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=4, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
-    rest = [batch(("edit", "text_to_image")[i % 2], seed=i) for i in range(2, 4)]
-    trainer.fit(again, DataLoader([*rest, *rest], batch_size=None), ckpt_path=tmp_path / "2.ckpt", weights_only=True)
+    again = trained(2, 4, tmp_path, folder)
     for (name, p), (_, q) in zip(again.trainable_parameters(), whole.trainable_parameters(), strict=True):
         assert torch.equal(p, q), name
 
