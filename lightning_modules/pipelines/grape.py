@@ -1,10 +1,10 @@
-"""Generate, plan, edit (GraPE, arXiv 2412.06089): a model looks at its own picture, says what is wrong, and edits it."""
+"""Generate, plan, edit (GraPE, arXiv 2412.06089): a model looks at its own picture, says what is wrong and edits it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from PIL import Image
 
 from lightning_modules.pipelines.metaquery import MetaqueryPipeline
@@ -20,7 +20,10 @@ def refine(
     rounds: int = 2,
     question: str = QUESTION,
     done: str = DONE,
-    **sampling: Any,
+    num_inference_steps: int = 28,
+    guidance_scale: float = 3.5,
+    negative_prompt: str | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[Image.Image]:
     """Pictures after at most so many edits each, all of the model's own instruction.
 
@@ -31,7 +34,7 @@ def refine(
         rounds: edits of a picture, at most.
         question: what is asked of a picture; {} is its prompt.
         done: the answer after which a picture is left alone.
-        sampling: of the edits, as the pipeline takes it.
+        num_inference_steps, guidance_scale, negative_prompt, generator: of the edits, as the pipeline takes them.
     """
     found, open_ones = list(pictures), list(range(len(pictures)))
     for _ in range(rounds):
@@ -41,7 +44,14 @@ def refine(
         plans = dict(zip(open_ones, pipeline.ask(asked, [found[i] for i in open_ones]), strict=True))
         open_ones = [i for i, plan in plans.items() if plan and plan.strip(" .").lower() != done]
         if open_ones:
-            edits = pipeline([plans[i] for i in open_ones], image=[found[i] for i in open_ones], **sampling).images
+            edits = pipeline(
+                [plans[i] for i in open_ones],
+                image=[found[i] for i in open_ones],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                generator=generator,
+            ).images
             for i, picture in zip(open_ones, edits, strict=True):
                 found[i] = picture
     return found
