@@ -60,6 +60,11 @@ class KontextPipeline(StableDiffusion3Pipeline):
         folder = Path(pretrained_model_name_or_path)
         # Anything but a hub id, which is owner/name; where the owner's part is a folder here, a path was meant.
         if folder.exists() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
+            if (folder / "conditioner").is_dir():
+                raise CheckpointError(
+                    f"{folder} is a Metaquery model, which has no text encoders; open it with MetaqueryPipeline, and "
+                    "train it with lightning_modules.connector.ConnectorModule (configs/joint.yaml) or reinforcement"
+                )
             require_parts(folder, ("transformer", "vae", "scheduler"))
             check_scheduler(folder / "scheduler")
             check_weights(AutoencoderKL, folder / "vae", {"AutoencoderKL"})

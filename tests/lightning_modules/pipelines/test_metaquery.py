@@ -188,6 +188,8 @@ def test_parts_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
         MetaqueryPipeline.from_pretrained(tmp_path / "wide")
     with pytest.raises(CheckpointError, match="has no conditioner/, so it is no Metaquery model"):
         MetaqueryPipeline.from_pretrained(built())
+    with pytest.raises(CheckpointError, match="is a Metaquery model, which has no text encoders"):
+        KontextPipeline.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="leave vlm out"):
         open_folder(built(), "somewhere")
     with pytest.raises(CheckpointError, match="a Metaquery model has no T5"):
