@@ -1,8 +1,8 @@
 """python tests/benchmarks/connector_mfu.py: is stage 1 of Metaquery as busy as full training? Fails below a bar.
 
-The same batches through the same model, once with queries and connector trained before a frozen transformer and once with
-the transformer trained too, in turn; of each the model FLOPs a second, by hand. What the frozen language model read is
-remembered in both.
+The same batches through the same model, once with queries and connector trained before a frozen transformer and once
+with the transformer trained too, in turn; of each the model FLOPs a second, by hand. What the frozen language model
+read is remembered in both.
 """
 
 from __future__ import annotations
