@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two threads unless the caller says otherwise: more than there are cores makes small models crawl.
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 
-.PHONY: fit test test-slow lint bench data pdtr picture clean
+.PHONY: fit test test-slow lint bench data pdtr metaquery picture clean
 
 # Modules are compiled when they are first imported, which most of what is installed never is.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --editable
@@ -39,6 +39,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/select_records.py
 	$(BIN)/python tests/benchmarks/serve_triplets.py
 	$(BIN)/python tests/benchmarks/plan_billion.py
+	$(BIN)/python tests/benchmarks/connector_mfu.py
 
 data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1
@@ -46,6 +47,9 @@ data: $(VENV)/.installed
 
 pdtr: $(VENV)/.installed
 	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/pdtr.yaml
+
+metaquery: $(VENV)/.installed
+	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/metaquery.yaml
 
 picture:  # the README's picture: the last grid of the last finished `make fit`
 	cp "$$(ls runs/edit/latest/samples/*.png | tail -n 1)" notebooks/edit_samples.png

@@ -79,7 +79,7 @@ class Summary(Callback):
         text = json.dumps(summary, indent=2) + "\n"
         replace_file(folder / SUMMARY, lambda file: file.write(text.encode()))
         point_latest(folder)
-        for name in ("edit_success", "t2i_success", "preservation", "seconds"):
+        for name in ("edit_success", "t2i_success", "preservation", "understanding", "seconds"):
             if name in summary:
                 print(f"{name} {summary[name]:.4g}")
         print(

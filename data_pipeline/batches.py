@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import InputError
+
 References = Tensor | list[list[Tensor]] | None
 TASKS = ("text_to_image", "edit")
 
@@ -31,6 +33,8 @@ class ImageBatch:
         contents: B lists of what names the pictures in a cache, target first; None where the pictures are of no shard.
         phase: number of the run's resolution that the batch is of.
         metadata: B records' facts, for rewards; None where they are not known.
+        pictures: pixels of the references where those are moments and pixels were asked for: what a vision-language
+            model reads. They stay on the CPU.
     """
 
     tasks: list[str]
@@ -44,6 +48,7 @@ class ImageBatch:
     contents: list[list[str]] | None = None
     phase: int = 0
     metadata: list[dict[str, Any]] | None = None
+    pictures: References = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -57,6 +62,18 @@ class ImageBatch:
     def has_targets(self) -> bool:
         """Whether the samples have targets."""
         return self.target.shape[1] > 0
+
+    def pixels(self) -> list[list[Tensor]]:
+        """Per sample the pixels (3, h, w) of its references, in [-1, 1]; empty lists where there are none."""
+        if self.references is None:
+            return [[] for _ in self.keys]
+        found = self.pictures if self.encoded else self.references
+        if found is None:
+            raise InputError(
+                "the references come as moments, and a vision-language model reads pixels; set data.reference_pixels "
+                "to true"
+            )
+        return [list(images) for images in found]
 
     def map_pictures(self, change: Callable[[Tensor], Tensor], **changes: Any) -> ImageBatch:
         """The batch with target and references changed, each a tensor or a list of lists of them as before."""

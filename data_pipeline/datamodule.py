@@ -113,6 +113,8 @@ class ShardDataModule(L.LightningDataModule):
         remote_copies: where what was read of shards behind URLs is kept, and how much; None keeps nothing.
         prompt_records: serve prompts too, which have no target, as sets "prompt" and "edit_prompt": reinforcement
             samples from them.
+        reference_pixels: serve references as pixels too where the cache has their moments: a vision-language model
+            reads pixels.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class ShardDataModule(L.LightningDataModule):
         index_root: str = "data/index",
         remote_copies: LocalCopies | None = None,
         prompt_records: bool = False,
+        reference_pixels: bool = False,
     ) -> None:
         super().__init__()
         self.sizes = dict(sorted(image_size.items())) if isinstance(image_size, dict) else {0: image_size}
@@ -159,7 +162,7 @@ class ShardDataModule(L.LightningDataModule):
         self.num_workers, self.seed, self.steps, self.verify = num_workers, seed, steps, verify
         self.val_fraction, self.val_batches, self.cache = val_fraction, val_batches, cache
         self.augmentation, self.index_root = augmentation, Path(index_root)
-        self.remote_copies, self.prompt_records = remote_copies, prompt_records
+        self.remote_copies, self.prompt_records, self.reference_pixels = remote_copies, prompt_records, reference_pixels
         self.indexes: list[ServingIndex] = []
         self.consumed: list[Plan] = []
         self._store: FeatureStore | None = None
@@ -279,11 +282,15 @@ class ShardDataModule(L.LightningDataModule):
         if self.cache is not None and self.cache.fill == "lazy":
             self._writer = self._encoder().store = FeatureStore(self.cache.folder, self._encoder().fingerprint)
         dataset = PlannedDataset(
-            self.indexes, "train", self._store, self.augmentation, self.verify, require, self.remote_copies
+            self.indexes, "train", self._store, self.augmentation, self.verify, require, **self._served()
         )
         sampler = PlanSampler(self._planned, self._length)
         workers = self.num_workers
         return TimedLoader(self._loader(dataset, sampler, workers) if workers else ThreadedLoader(dataset, sampler))
+
+    def _served(self) -> dict[str, Any]:
+        """What all datasets of this module are made with."""
+        return {"copies": self.remote_copies, "pixels": self.reference_pixels}
 
     def _loader(self, dataset: PlannedDataset, sampler: Any, workers: int) -> DataLoader[ImageBatch]:
         return DataLoader(
@@ -313,7 +320,7 @@ class ShardDataModule(L.LightningDataModule):
         ratio = {name: (self.ratio or {})[name] for name in self._trained(streams)}
         plan = Plan(streams, ratio, self.samples, self.seed)
         planned = [next(plan) for _ in range(self.val_batches)]
-        dataset = PlannedDataset([index], part, self._store, copies=self.remote_copies)
+        dataset = PlannedDataset([index], part, self._store, **self._served())
         return self._loader(dataset, PlanSampler(partial(iter, planned), planned.__len__), 0)
 
     def prompts(self) -> Iterator[str]:
@@ -323,7 +330,7 @@ class ShardDataModule(L.LightningDataModule):
     def first_batches(self) -> Iterator[ImageBatch]:
         """The first training batch of each set."""
         waiting = set(self._trained(self.indexes[0].streams["train"]))
-        dataset = PlannedDataset(self.indexes, "train", self._store, self.augmentation, copies=self.remote_copies)
+        dataset = PlannedDataset(self.indexes, "train", self._store, self.augmentation, **self._served())
         plan = self.plans()[0]
         while waiting:
             planned = next(plan)

@@ -89,6 +89,7 @@ class PlannedDataset(Dataset[ImageBatch]):
         verify: when the hash of what is read is compared with the index.
         require: whether the store must have all.
         copies: where ranges of remote shards are kept.
+        pixels: whether references come as pixels too where they come as moments.
     """
 
     def __init__(
@@ -100,10 +101,11 @@ class PlannedDataset(Dataset[ImageBatch]):
         verify: Verify = "first_epoch",
         require: bool = False,
         copies: LocalCopies | None = None,
+        pixels: bool = False,
     ) -> None:
         self.indexes, self.part, self.store = indexes, part, store
         self.augmentation, self.verify, self.require = augmentation, verify, require
-        self.copies = copies
+        self.copies, self.pixels = copies, pixels
 
     def __getitem__(self, planned: PlannedBatch) -> ImageBatch:  # type: ignore[override]
         index, draws = self.indexes[planned.phase], planned.draws
@@ -130,6 +132,10 @@ class PlannedDataset(Dataset[ImageBatch]):
             target = torch.empty(len(records), 0, *planned.shape)
         else:
             target = torch.stack([row.pop(0) for row in pictures])
+        read: list[list[Tensor]] = []
+        if self.pixels and encoded:
+            whole = fetched(records, None, self.copies)
+            read = [self.sources(*sample) for sample in zip(whole, buckets, mirrored, checked, strict=True)]
         return ImageBatch(
             tasks=[index.tasks[draw.stream[0]] for draw in draws],
             keys=[record.key for record in records],
@@ -142,7 +148,13 @@ class PlannedDataset(Dataset[ImageBatch]):
             contents=contents,
             phase=planned.phase,
             metadata=[metadata for _, metadata in texts],
+            pictures=collate_references(read),
         )
+
+    def sources(self, record: IndexedRecord, bucket: Bucket, mirrored: bool, verify: bool) -> list[Tensor]:
+        """Pixels of a record's references."""
+        wanted = [each for each in sized(record, bucket) if each[0] not in ("image", "target")]
+        return [load_pixels(record, *each, mirrored, verify) for each in wanted]
 
     def stored(self, contents: Sequence[Sequence[str]]) -> list[list[Tensor]] | None:
         """The moments of a batch, fp32, where the store has all of them."""

@@ -22,19 +22,22 @@ from data_pipeline.sources.folder import EXTENSIONS
 from data_pipeline.transforms import decode, fit_size
 from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
 from lightning_modules.networks.loading import CheckpointError
-from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.pipelines import KontextPipeline, MetaqueryPipeline
+from lightning_modules.pipelines.opening import open_folder
 
 COMMANDS = ("test", "predict")
 RUNS = Path("runs")
+ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make: a prompt, and a picture to edit or None."""
+    """One picture to make: a prompt, and a picture to edit or None; or a question, and the picture that it is about."""
 
     name: str
     prompt: str
     source: Path | None
+    question: bool = False
 
 
 def run(argv: Sequence[str]) -> int:
@@ -45,10 +48,12 @@ def run(argv: Sequence[str]) -> int:
     for command in parsers.values():
         command.add_argument("-c", "--config", type=Path, required=True, help="the run's config")
         command.add_argument("--export", type=Path, help="checkpoint folder; default runs/<config>/latest/export")
+        command.add_argument("--vlm", help="vision-language model of a Metaquery folder that comes without")
         command.epilog = "Fields of the config can be overridden, as --benchmark.count 64."
     command = parsers["predict"]
     command.add_argument("--input", type=Path, required=True, help="folder of pictures, or JSONL of prompts")
     command.add_argument("--instruction", help="the edit of every picture of a folder")
+    command.add_argument("--question", help="what to ask about every picture of a folder (a Metaquery model's)")
     command.add_argument("--output", type=Path, required=True, help="folder for the pictures")
     command.add_argument("--steps", type=positive, help="Euler steps; default the benchmark's, else 28")
     command.add_argument("--guidance", type=float, help="classifier-free guidance; default the benchmark's, else 3.5")
@@ -116,7 +121,7 @@ def load_export(arguments: argparse.Namespace) -> KontextPipeline:
         raise CheckpointError(
             f"there is no export {folder}; train one (fit -c {arguments.config}) or give --export FOLDER"
         )
-    pipeline = KontextPipeline.from_pretrained(folder)
+    pipeline = open_folder(folder, arguments.vlm)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -135,7 +140,7 @@ def test(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
 
 def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     """Writes a picture for each request; a picture that cannot be read is named and counted, not fatal."""
-    requests = list(read_requests(arguments.input, arguments.instruction))
+    requests = list(read_requests(arguments.input, arguments.instruction, arguments.question))
     if arguments.output.resolve() in {request.source.resolve().parent for request in requests if request.source}:
         raise InputError(f"--output {arguments.output} holds the pictures to edit; choose another folder")
     pipeline = load_export(arguments)
@@ -143,14 +148,22 @@ def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     if not size:
         raise InputError(f"{arguments.config} has no data.init_args.image_size; give --size PIXELS")
     sampling = sampling_settings(arguments, config.get("benchmark") or {})
+    asked = any(request.question for request in requests)
+    if asked and not isinstance(pipeline, MetaqueryPipeline):
+        raise InputError(f"{arguments.input} asks questions, which this model cannot answer; take a Metaquery model")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    failed, answers = 0, list[str]()
     for i, request in enumerate(requests):
         try:
             source = None if request.source is None else fitted(request.source, size, pipeline.size_multiple)
         except InputError as error:
             failed += 1
             print(f"skipped: {error}", file=sys.stderr)
+            continue
+        if request.question:
+            assert isinstance(pipeline, MetaqueryPipeline)
+            answer = pipeline.ask(request.prompt, source)[0]
+            answers.append(json.dumps({"name": request.name, "question": request.prompt, "answer": answer}))
             continue
         side = {} if source is not None else {"height": size, "width": size}
         picture = pipeline(
@@ -162,7 +175,10 @@ def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
             **side,
         )[0][0]
         picture.save(arguments.output / f"{request.name}.png")
-    print(f"{len(requests) - failed} pictures in {arguments.output}" + (f", {failed} skipped" if failed else ""))
+    if asked:
+        (arguments.output / ANSWERS).write_text("\n".join([*answers, ""]), encoding="utf-8")
+    made = f"{len(requests) - failed - len(answers)} pictures" + (f" and {len(answers)} answers" if asked else "")
+    print(f"{made} in {arguments.output}" + (f", {failed} skipped" if failed else ""))
     return 2 if failed == len(requests) else 0
 
 
@@ -191,17 +207,21 @@ def fitted(path: Path, size: int, multiple: int) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def read_requests(path: Path, instruction: str | None) -> Iterator[Request]:
-    """Requests of a folder of pictures with one instruction, or of JSONL lines {"prompt", "image" (optional)}."""
+def read_requests(path: Path, instruction: str | None, question: str | None = None) -> Iterator[Request]:
+    """Requests of a folder of pictures with one instruction or question, or of JSONL lines with a "prompt" or a
+    "question", and an "image" (optional)."""
     if path.is_dir():
         pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
         if not pictures:
             raise InputError(f"--input {path} holds no pictures; expected {', '.join(EXTENSIONS)}")
-        if not instruction:
-            raise InputError(f"--input {path} is a folder of pictures; say what to do with them: --instruction TEXT")
+        if bool(instruction) == bool(question):
+            raise InputError(
+                f"--input {path} is a folder of pictures; say what to do: --instruction TEXT, or --question TEXT"
+            )
         stems = Counter(picture.stem for picture in pictures)
         for picture in pictures:
-            yield Request(picture.stem if stems[picture.stem] == 1 else slug(picture.name), instruction, picture)
+            name = picture.stem if stems[picture.stem] == 1 else slug(picture.name)
+            yield Request(name, instruction or question or "", picture, bool(question))
         return
     if not path.is_file():
         raise InputError(f"--input {path} does not exist; expected a folder of pictures, or a JSONL file of prompts")
@@ -212,10 +232,12 @@ def read_requests(path: Path, instruction: str | None) -> Iterator[Request]:
         try:
             row = json.loads(line)
             prompt, image = row.get("prompt") or row.get("instruction"), row.get("image") or row.get("source")
+            asks = prompt is None and "question" in row
+            prompt = row["question"] if asks else prompt
         except (json.JSONDecodeError, AttributeError) as error:
             raise InputError(f"--input {path} line {number} is not a JSON object: {line[:60]!r}") from error
         if not isinstance(prompt, str) or not isinstance(image, str | None):
             raise InputError(
                 f'--input {path} line {number} should have a "prompt" and at most one "image", got {line[:60]!r}'
             )
-        yield Request(f"{number:05d}-{slug(prompt)[:40]}", prompt, path.parent / image if image else None)
+        yield Request(f"{number:05d}-{slug(prompt)[:40]}", prompt, path.parent / image if image else None, asks)

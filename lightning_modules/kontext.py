@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +56,13 @@ class Timesteps:
         if self.std <= 0 or self.shift <= 0:
             raise InputError(f"timesteps: std and shift must be above 0, got {self.std:g} and {self.shift:g}")
 
+    def sigma(self, u: Float[Tensor, " b"], tasks: Sequence[str]) -> Float[Tensor, " b"]:
+        """Noise levels in (0, 1) from uniform draws."""
+        if self.distribution == "logit_normal":
+            means = [self.mean.get(task, 0.0) if isinstance(self.mean, dict) else self.mean for task in tasks]
+            u = timesteps.logit_normal(u, u.new_tensor(means), self.std)
+        return timesteps.shift(u, self.shift)
+
 
 @dataclass
 class Dropout:
@@ -68,6 +75,18 @@ class Dropout:
         check_tasks("dropout.caption", self.caption)
         if not all(0 <= p <= 1 for p in (*self.caption.values(), self.reference)):
             raise InputError(f"dropout must be probabilities from 0 to 1, got {self}")
+
+    def captions(self, batch: ImageBatch, seed: int) -> list[str]:
+        """The batch's captions, some of them "" by chance."""
+        probability = torch.tensor([self.caption.get(task, 0.0) for task in batch.tasks])
+        dropped = draw(torch.rand, (), seed, "caption dropout", batch.epochs, batch.sample_ids) < probability
+        return ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
+
+    def references(self, batch: ImageBatch, seed: int) -> bool:
+        """Whether this batch trains without its references: one draw for the batch keeps its shapes equal."""
+        if not self.reference:
+            return False
+        return bool(draw(torch.rand, (), seed, "reference dropout", batch.epochs, batch.sample_ids)[0] < self.reference)
 
 
 def check_tasks(name: str, by_task: Mapping[str, float]) -> None:
@@ -252,12 +271,7 @@ class KontextModule(L.LightningModule):
 
     def draw_sigma(self, batch: ImageBatch) -> Float[Tensor, " b"]:
         """Noise levels in (0, 1), fp32."""
-        u = self.draw(torch.rand, (), "sigma", batch)
-        if self.timesteps.distribution == "logit_normal":
-            mean = self.timesteps.mean
-            means = [mean.get(task, 0.0) if isinstance(mean, dict) else mean for task in batch.tasks]
-            u = timesteps.logit_normal(u, u.new_tensor(means), self.timesteps.std)
-        return timesteps.shift(u, self.timesteps.shift)
+        return self.timesteps.sigma(self.draw(torch.rand, (), "sigma", batch), batch.tasks)
 
     @torch.no_grad()
     def encode(self, batch: ImageBatch) -> tuple[Float[Tensor, "b c h w"], Any]:
@@ -265,35 +279,16 @@ class KontextModule(L.LightningModule):
         assert self._encoder is not None
         if not batch.has_targets:
             raise InputError("prompts have no target to learn from; leave data.prompt_records to reinforcement")
-        sample, batch = self._encoder.sample, self._encoder.encode_batch(batch)
-        target = sample(batch.target, self.seed, "target", batch)
-        references = batch.references
-        if references is None or self.reference_dropped(batch):
-            return target, None
-        if isinstance(references, Tensor):
-            samples = [sample(each, self.seed, f"reference {r}", batch) for r, each in enumerate(references.unbind(1))]
-            return target, samples[0] if len(samples) == 1 else [list(s) for s in torch.stack(samples, dim=1)]
-        return target, [
-            [sample(image[None], self.seed, f"reference {r}", batch.sample(i))[0] for r, image in enumerate(images)]
-            for i, images in enumerate(references)
-        ]
-
-    def reference_dropped(self, batch: ImageBatch) -> bool:
-        """Whether this batch trains without its references: one draw for the batch keeps its shapes equal."""
-        if not self.training or not self.dropout.reference:
-            return False
-        return bool(self.draw(torch.rand, (), "reference dropout", batch)[0] < self.dropout.reference)
+        batch = self._encoder.encode_batch(batch)
+        target = self._encoder.sample(batch.target, self.seed, "target", batch)
+        dropped = self.training and self.dropout.references(batch, self.seed)
+        return target, None if dropped else self._encoder.references(batch, self.seed)
 
     @torch.no_grad()
     def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
         """Text embeddings, in training with captions dropped to "" by chance; a prompt seen before is looked up."""
         assert self._prompts is not None
-        probability = [self.dropout.caption.get(task, 0.0) if self.training else 0.0 for task in batch.tasks]
-        dropped = draw(torch.rand, (), self.seed, "caption dropout", batch.epochs, batch.sample_ids) < torch.tensor(
-            probability
-        )
-        prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
-        return self._prompts(prompts)
+        return self._prompts(self.dropout.captions(batch, self.seed) if self.training else batch.prompts)
 
     @property
     def passes(self) -> int:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ def checkpoint_folder(pretrained: str, root: Path = Path("pocket"), recipe: Reci
         for part, build in PARTS.items():
             if not (folder / part).exists():
                 started = time.perf_counter()
-                publish(folder, part, recipe, build)
+                seed = recipe.seed + (part == "text_encoder_2")  # two alike would give each feature twice
+                publish(folder, part, seed, partial(build, recipe=recipe))
                 logger.info("pocket %s built in %.0f s", part, time.perf_counter() - started)
         index = folder / "model_index.json"
         if not index.exists():
@@ -84,14 +86,14 @@ def checkpoint_folder(pretrained: str, root: Path = Path("pocket"), recipe: Reci
     return folder
 
 
-def publish(folder: Path, part: str, recipe: Recipe, build: Callable[[Path, Recipe], None]) -> None:
+def publish(folder: Path, part: str, seed: int, build: Callable[[Path], None]) -> None:
     """Builds a part in a temporary folder and renames it, so that a part that is there is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{part}.", dir=folder))
     try:
         with torch.random.fork_rng(devices=[]):  # building must not move the run's own random state
-            torch.manual_seed(recipe.seed + (part == "text_encoder_2"))  # two alike would give each feature twice
-            build(temporary / part, recipe)
+            torch.manual_seed(seed)
+            build(temporary / part)
         (temporary / part).rename(folder / part)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -284,7 +286,7 @@ def build_scheduler(folder: Path, recipe: Recipe) -> None:
     FlowMatchEulerDiscreteScheduler(shift=recipe.scheduler_shift).save_pretrained(folder)
 
 
-PARTS: dict[str, Callable[[Path, Recipe], None]] = {
+PARTS: dict[str, Callable[..., None]] = {
     "scheduler": build_scheduler,
     "tokenizer": build_clip_tokenizer,
     "tokenizer_2": build_clip_tokenizer,

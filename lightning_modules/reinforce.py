@@ -32,7 +32,7 @@ from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
-from lightning_modules.pipelines.prompts import PromptCache
+from lightning_modules.pipelines.opening import connected, open_folder, prompts_of, reads_pictures
 from lightning_modules.pocket import checkpoint_folder
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted, of_task, score
@@ -58,7 +58,8 @@ class ReinforceModule(L.LightningModule):
     the policy is updated, and what was sampled is dropped, so that every update is on pictures of the policy as it is.
 
     Args:
-        pretrained: checkpoint folder in the diffusers layout, such as the export of an earlier run.
+        pretrained: checkpoint folder in the diffusers layout, such as the export of an earlier run, a Metaquery model's
+            too: its queries and connector stay as they are, and the transformer is trained.
         rewards: what pictures are worth, by name.
         algorithm: a class of lightning_modules.rollouts.algorithms, or of one's own.
         advantages: how rewards become advantages.
@@ -71,6 +72,8 @@ class ReinforceModule(L.LightningModule):
         max_sequence_length: T5 tokens of a prompt; None takes the folder's length.
         compile: compile the transformer's blocks, for sampling and training alike.
         recompute: keep no activations of the blocks: less memory, for another forward pass in each backward pass.
+        vlm: folder of a Metaquery model's vision-language model, where its own folder has none.
+        train_connector: train a Metaquery model's connector too, behind hidden states that stay as they are.
     """
 
     def __init__(
@@ -88,20 +91,26 @@ class ReinforceModule(L.LightningModule):
         max_sequence_length: int | None = None,
         compile: bool = False,
         recompute: bool = False,
+        vlm: str | None = None,
+        train_connector: bool = False,
     ) -> None:
         super().__init__()
         if regularisation.latent_kl > 0 and not isinstance(algorithm, RatioBased):
             raise InputError(
                 f"latent_kl compares stochastic steps, which {type(algorithm).__name__} has not; use velocity_kl"
             )
-        if regularisation.reference is not None and lora is not None:
-            raise InputError("regularisation.reference: adapters' reference is what they are added to; leave it out")
+        if regularisation.reference is not None and (lora is not None or train_connector):
+            raise InputError(
+                "regularisation.reference: that of adapters is what they are added to, and a connector's is what it "
+                "was; leave it out"
+            )
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
         self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
         self.max_sequence_length, self.compute = max_sequence_length, Compute(recompute=recompute)
+        self.vlm, self.train_connector = vlm, train_connector
         self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
@@ -112,23 +121,29 @@ class ReinforceModule(L.LightningModule):
         """Loads the checkpoint folder; called again it does nothing."""
         if self.transformer is not None:
             return
-        self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
+        self._pipeline = open_folder(checkpoint_folder(self.pretrained), self.vlm)
+        if getattr(self._pipeline, "reference", None) == "vlm":
+            raise InputError(
+                f"the transformer of {self.pretrained} sees no picture to edit, and rewards are given what it sees; "
+                "reinforce a model that was trained with reference both or transformer"
+            )
         if self.max_sequence_length is not None:
             self._pipeline.limit_t5(self.max_sequence_length)
-        self._encoder, self._prompts = LatentEncoder(self._pipeline.vae), PromptCache(self._pipeline)
+        self._encoder, self._prompts = LatentEncoder(self._pipeline.vae), prompts_of(self._pipeline)
         self._pipeline.vae.decoder.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-        self.transformer = self._pipeline.transformer
+        inner = self._pipeline.transformer
+        self.transformer = connected(self._pipeline, self._prompts) if self.train_connector else inner
         self.transformer.requires_grad_(True).train()
         if self.lora is not None:
-            add_lora(self.transformer, self.lora, self.seed)
-        recompute_blocks(self.transformer, self.compute.recompute)
+            add_lora(inner, self.lora, self.seed)
+        recompute_blocks(inner, self.compute.recompute)
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
         if (folder := self.regularisation.reference) is not None:
             other = load_frozen(checkpoint_folder(folder), self.transformer)
             self.snapshots.put("reference", {f"transformer.{name}": p for name, p in other.named_parameters()})
-        self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
+        self.compile_blocks = self.compile_blocks and compile_blocks(inner)
 
     def on_fit_start(self) -> None:
         """Says what an update is made of, and embeds the prompts ahead where the data can name them."""
@@ -233,9 +248,9 @@ class ReinforceModule(L.LightningModule):
         """One rollout of these prompts."""
         settings, pipeline = self.sampling, self._pipeline
         assert pipeline is not None
-        sequence, pooled = self._prompts(batch.prompts)
-        references = self.encode_references(batch)
-        policy = Policy(self.transformer, sequence, pooled, references, settings.guidance_scale, self.negative())
+        sequence, pooled = self.conditions(batch.prompts, batch)
+        references, negative = self.encode_references(batch), self.negative(batch)
+        policy = Policy(self.transformer, sequence, pooled, references, settings.guidance_scale, negative)
         config = pipeline.scheduler.config
         sigmas = schedule(settings.num_inference_steps, config.shift, config.num_train_timesteps)
         factor = 1 if batch.encoded and batch.has_targets else pipeline.vae_scale_factor
@@ -253,14 +268,21 @@ class ReinforceModule(L.LightningModule):
         self.evaluations += self.arithmetic.to_sample * len(trajectory.x0)
         self.pictures += len(trajectory.x0)
         metadata = batch.metadata or [{}] * len(batch)
-        return Rollout(batch.task, batch.keys, batch.prompts, metadata, sequence, pooled, references, trajectory)
+        conditions = sequence, pooled, references, trajectory
+        return Rollout(batch.task, batch.keys, batch.prompts, metadata, *conditions, negative=negative)
 
-    def negative(self) -> tuple[Tensor, Tensor] | None:
+    def conditions(self, prompts: list[str], batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        """Sequence and pooled embeddings of prompts beside the pictures of a batch."""
+        return self._prompts(prompts, batch.pixels() if reads_pictures(self._pipeline) else None)
+
+    def negative(self, batch: ImageBatch) -> tuple[Tensor, Tensor] | None:
         """Embeddings of the negative branch, where there is one."""
-        return None if self.sampling.guidance_scale == 1 else self._prompts([self.sampling.negative_prompt])
+        if self.sampling.guidance_scale == 1:
+            return None
+        return self.conditions([self.sampling.negative_prompt] * len(batch), batch)
 
     def encode_references(self, batch: ImageBatch) -> Float[Tensor, "p r c h w"] | None:
-        """Posterior samples of the pictures to edit."""
+        """Posterior samples of the pictures to edit, where the transformer sees them."""
         references = self._encoder.encode_batch(batch).references
         if references is None:
             return None
@@ -310,7 +332,7 @@ class ReinforceModule(L.LightningModule):
 
     def learn(self, rollout: Rollout, number: int, count: int) -> Iterator[dict[str, Tensor]]:
         """Adds the gradients of one rollout of `count`; yields what to log of each point."""
-        policy = Policy.of(self.transformer, rollout, self.sampling.guidance_scale, self.negative())
+        policy = Policy.of(self.transformer, rollout, self.sampling.guidance_scale)
         advantages = self.advantages(rollout.rewards, self.weights).flatten().to(self.device)
         points = list(self.algorithm.points(rollout, partial(self.draw_points, number, len(rollout))))
         frozen = {name: self.under(name, policy, points) for name in self.snapshots.copies}
@@ -333,7 +355,7 @@ class ReinforceModule(L.LightningModule):
             raise InputError("regularisation.supervised learns from targets, and prompts have none; set it to 0")
         with torch.no_grad():
             batch = self._encoder.encode_batch(batch.to(self.device))
-            sequence, pooled = self._prompts(batch.prompts)
+            sequence, pooled = self.conditions(batch.prompts, batch)
             references = self.encode_references(batch)
             x0 = self._encoder.sample(batch.target, self.seed, "target", batch)
             counters = batch.epochs, batch.sample_ids

@@ -28,8 +28,12 @@ from data_pipeline.recipe import Recipe as DataRecipe
 from data_pipeline.sources import Repeat, Scenes
 from data_pipeline.steps.keep_scores import KeepScores
 from data_pipeline.steps.scene_judge import SceneJudge
-from lightning_modules import pocket
+from lightning_modules import pocket, pocket_vlm
+from lightning_modules.networks import Conditioner
 from lightning_modules.networks.tokenizers import phrase_tokenizer
+from lightning_modules.networks.vlm import Reading
+from lightning_modules.pipelines import MetaqueryPipeline
+from lightning_modules.pipelines.metaquery import Querying
 from lightning_modules.pipelines.sampled_edits import SampledEdits
 from lightning_modules.rewards.protocol import Request
 
@@ -59,6 +63,29 @@ def built() -> Path:
 def micro_folder(path: Path) -> Path:
     """A micro checkpoint folder of the test's own at `path`."""
     shutil.copytree(built(), path)
+    return path
+
+
+VLM_RECIPE = pocket_vlm.VlmRecipe(
+    width=32, layers=2, heads=2, inner=32, vision_width=16, vision_layers=1, vocabulary=400, questions=200, steps=0
+)
+
+
+@functools.cache
+def built_vlm() -> Path:
+    """One untrained vision-language model for the whole test session."""
+    return pocket_vlm.vlm_folder("pocket", Path(tempfile.mkdtemp(prefix="micro-")), VLM_RECIPE)
+
+
+def micro_metaquery(path: Path, reference: str = "both", **reading: object) -> Path:
+    """A Metaquery folder at `path`, with heads that are not zero, so that the queries matter."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = Querying(reference, Reading(**reading))
+    torch.manual_seed(0)
+    conditioner = Conditioner(sizes, 4, 32, 16, 16, len(settings.reading.layers))
+    for head in (conditioner.projector_2, conditioner.projector_3):
+        torch.nn.init.normal_(head.weight)
+    MetaqueryPipeline.assembled(built(), conditioner, built_vlm(), settings).save_pretrained(path)
     return path
 
 

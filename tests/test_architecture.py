@@ -23,6 +23,7 @@ LAYERS = {
     "lightning_modules.evaluation": 3,
     "lightning_modules.rollouts": 3,
     "lightning_modules.pocket": 4,
+    "lightning_modules.pocket_vlm": 4,
     "lightning_modules": 4,
     "callbacks": 4,
     "lightning_modules.commands": 5,

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from lightning import LightningDataModule, LightningModule
-from micro import judged_shards, micro_config
+from micro import built_vlm, judged_shards, micro_config, micro_metaquery
 
 from lightning_modules.ahead import planned
 from lightning_modules.cli import CLI, outlined
@@ -152,6 +152,10 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     model = config["model"]["init_args"]
     changes = {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
     model |= {name: value for name, value in changes.items() if name in model}
+    if model.get("conditioner"):
+        model["conditioner"] = str(micro_metaquery(tmp_path / "metaquery"))
+    elif model.get("vlm"):
+        model["vlm"] = str(built_vlm())
     for teacher in model.get("teachers", {}).values():
         teacher["folder"] = changes["pretrained"]
     if "rewards" in config["model"]["init_args"]:  # an untrained policy draws no scenes: all would be worth nothing

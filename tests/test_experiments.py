@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from micro import micro_config
 
+from data_pipeline.errors import InputError
 from lightning_modules.experiments import PREVIOUS, chain, effective, main, read
 
 ROOT = Path(__file__).parents[1]
@@ -213,3 +214,24 @@ def test_a_failure_stops_its_own_arm_and_an_interrupted_run_goes_on(
     assert "resuming" in (run / "log.txt").read_text() and not (run / "version_1").exists()
     assert json.loads((run / "latest/summary.json").read_text())["steps"] == 3
     assert [(row["arm"], row["evaluations"]) for row in rows(folder)] == [("none", 0), ("two", 18 + 6)]
+
+
+def test_figures_of_a_paper_are_of_arms_that_there_are(folder: Path) -> None:
+    with pytest.raises(InputError, match="reported names three; the arms are none, one, two"):
+        read(experiment(folder, reported={"three": {"GEdit": 6.9}}))
+
+
+def test_metaquerys_arms_differ_from_the_joint_stage_in_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = read(Path("configs/experiments/metaquery.yaml"))
+    settings = {}
+    for arm in found.arms:
+        last = [*chain(found, "metaquery", arm, 0)][-1].content
+        settings[arm] = {k: last["model"]["init_args"].get(k) for k in ("train", "reference", "reconstruction")}
+        assert last["trainer"]["max_steps"] == 1500 and last["model"]["init_args"]["optimizer"]["lr"] == 1e-3
+        assert {"text_to_image", "edit"} == set(last["data"]["init_args"]["ratio"])
+    both = {"train": ["connector", "transformer"], "reference": "both", "reconstruction": None}
+    assert settings["picture to both, both tuned"] == settings["light head first"] == both
+    assert settings["picture to the VLM"] == both | {"reference": "vlm"}
+    assert settings["transformer frozen"] == both | {"train": ["connector"]}
+    assert settings["a share of reconstructions"] == both | {"reconstruction": 0.2}

@@ -100,18 +100,18 @@ def items(trials: Sequence[Trial], name: str) -> np.ndarray:
     return np.mean([trial.outcomes[name] for trial in trials], axis=0)
 
 
-def markdown(rows: Sequence[Row], baseline: str) -> str:
-    """The table, and how to read it."""
+def markdown(rows: Sequence[Row], baseline: str, reported: Mapping[str, Mapping[str, float]] | None = None) -> str:
+    """The table, and how to read it; `reported` are a paper's figures of arms by title, in columns of their own."""
     if not rows:
         return f"No run of the baseline {baseline} is finished: there is nothing to compare with.\n"
-    titles = list(rows[0].figures)
-    lines = [
-        "| " + " | ".join(["arm", "seeds", *titles, "evaluations", "minutes"]) + " |",
-        "|---" * (len(titles) + 4) + "|",
-    ]
+    titles, told = list(rows[0].figures), reported or {}
+    papers = list(dict.fromkeys(title for figures in told.values() for title in figures))
+    heads = ["arm", "seeds", *titles, *(f"paper: {title}" for title in papers), "evaluations", "minutes"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         seeds = str(row.trials) if row.trials == row.wanted else f"{row.trials} of {row.wanted}"
         cells = [cell(row.figures[title], row.arm == baseline) for title in titles]
+        cells += [f"{told[row.arm][title]:g}" if title in told.get(row.arm, {}) else "" for title in papers]
         cost = [f"{row.evaluations / 1000:.0f}k", f"{row.seconds / 60:.1f}"]
         lines.append("| " + " | ".join([row.arm, seeds, *cells, *cost]) + " |")
     return "\n".join(

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.scenes import benchmark
+from data_pipeline.scenes import benchmark, questions
 from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, satisfied
 from data_pipeline.scenes.edits import Edit, edit_success, preservation
 from data_pipeline.scenes.renderer import render
 from data_pipeline.scenes.verifier import read
 from data_pipeline.scenes.world import LEVELS
+from lightning_modules.evaluation.understanding import score_answers
 from lightning_modules.pipelines import KontextPipeline
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class SceneBenchmark:
 
     `guidance_scales`: the first names the metrics without suffix; further ones are reported as `<metric>_guidance_<s>`.
     `negative_prompt`: None takes the pipeline's; a model whose captions were dropped to "" knows that one best.
-    `tasks`: what is measured, "text_to_image", "edit" or both.
+    `tasks`: what is measured, of "text_to_image", "edit" and, of a model that can be asked, "understanding".
     `caption_level`: that of captions, where it is another one than the edits'.
     `caption_tasks`: which of GenEval's tasks the captions are of; None takes all.
     """
@@ -48,8 +49,10 @@ class SceneBenchmark:
     caption_tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.tasks or set(self.tasks) - {"text_to_image", "edit"}:
-            raise InputError(f"benchmark.tasks must be text_to_image, edit or both, got {list(self.tasks)}")
+        if not self.tasks or set(self.tasks) - {"text_to_image", "edit", "understanding"}:
+            raise InputError(
+                f"benchmark.tasks must be some of text_to_image, edit and understanding, got {list(self.tasks)}"
+            )
         for level in (self.level, self.captions_at):
             if level not in LEVELS:
                 raise InputError(f"benchmark.level is {level!r}; scenes have the levels {sorted(LEVELS)}")
@@ -86,7 +89,8 @@ def held_out(settings: SceneBenchmark) -> tuple[list[Caption], list[Edit]]:
 
 
 def outcomes(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, list[float]]:
-    """What became of each caption (`t2i_success`) and of each edit (`edit_success`, `preservation`), in their order."""
+    """What became of each caption (`t2i_success`), edit (`edit_success`, `preservation`) and question
+    (`understanding`), in their order."""
     captions, edits = held_out(settings)
     found: dict[str, list[float]] = {}
     for scale in settings.guidance_scales:
@@ -96,14 +100,22 @@ def outcomes(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, l
         if "edit" in settings.tasks:
             scored = score_edits(pipeline, edits, settings, scale)
             found |= {f"{name}{suffix}": values for name, values in scored.items()}
+    if "understanding" in settings.tasks:
+        if not hasattr(pipeline, "ask"):
+            raise InputError("benchmark.tasks names understanding, and this model cannot be asked; leave it out")
+        asked = questions.benchmark(settings.level, settings.count, settings.seed)
+        found["understanding"] = score_answers(pipeline, asked, settings.batch_size)
     return found
 
 
 def means(found: Mapping[str, Sequence[float]], settings: SceneBenchmark) -> dict[str, float]:
     """Means of outcomes: `t2i_success`, and the same for each GenEval task; `edit_success`, and the same for each kind
-    of edit; `preservation`, the share of untouched cells unchanged."""
+    of edit; `preservation`, the share of untouched cells unchanged; `understanding`, that of questions answered word
+    for word, and the same for each kind."""
     captions, edits = held_out(settings)
     kinds = {"t2i_success": [c.task for c in captions], "edit_success": [e.kind for e in edits]}
+    asked = questions.benchmark(settings.level, settings.count, settings.seed) if "understanding" in found else []
+    kinds["understanding"] = [question.kind for question in asked]
     metrics: dict[str, float] = {}
     for name, values in found.items():
         base, guidance, scale = name.partition(GUIDANCE)

@@ -1,4 +1,5 @@
-"""Floating-point operations of SD3's MMDiT, by hand: two per multiply-add, matrix products only."""
+"""Floating-point operations by hand, of SD3's MMDiT, of Metaquery's connector and of queries: two per multiply-add,
+matrix products only."""
 
 from __future__ import annotations
 
@@ -29,3 +30,20 @@ def forward_flops(config: Any, image_tokens: float, text_tokens: int) -> float:
     linear += (256 + width + config.pooled_projection_dim + width) * width  # timestep and pooled embeddings
     linear += 2 * width**2 + image * width * patch_size * config.out_channels
     return 2 * (linear + attention)
+
+
+def connector_flops(config: Any) -> float:
+    """FLOPs of one sample's forward pass through a conditioner, from its config."""
+    width, inner = (config.connector_config[name] for name in ("hidden_size", "intermediate_size"))
+    n, layers = config.num_queries, config.connector_config["num_hidden_layers"]
+    encoder = layers * (n * (4 * width**2 + 2 * width * inner) + 2 * n**2 * width)
+    heads = n * width * (config.fused_layers * config.llm_hidden_size + config.joint_attention_dim)
+    return 2 * (encoder + heads + width * config.pooled_projection_dim)
+
+
+def query_flops(config: Any, queries: int, prefix: float) -> float:
+    """FLOPs of a sample's queries through a language model behind a prefix of so many tokens, from its text config."""
+    width, heads = config.hidden_size, config.num_key_value_heads / config.num_attention_heads
+    linear = queries * (2 * width**2 + 2 * heads * width**2 + 3 * width * config.intermediate_size)
+    attention = 2 * queries * (prefix + queries) * width
+    return 2 * config.num_hidden_layers * (linear + attention)

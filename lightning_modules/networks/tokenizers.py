@@ -10,6 +10,15 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+CHAT_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 SEPARATORS = {",", "Ġand"}  # phrases of their own: what stands on either side can be anything
 OPENERS = {"Ġin", "Ġat", "Ġon", "Ġto"}  # a phrase may begin with them and goes on no further back
 
@@ -74,6 +83,34 @@ def phrase_tokenizer(
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", model_max_length=max_length
+    )
+
+
+def chat_tokenizer(corpus: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE within words that keeps every space, with Qwen2.5-VL's special tokens; pads with id 0.
+
+    Args:
+        corpus: texts to learn merges from.
+        vocab_size: tokens in all, of which 263 are bytes and specials.
+        max_length: tokens of the longest text.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(CHAT_TOKENS),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    pad, *others = CHAT_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        eos_token=CHAT_TOKENS[2],
+        additional_special_tokens=others,
+        model_max_length=max_length,
     )
 
 

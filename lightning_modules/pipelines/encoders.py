@@ -112,7 +112,7 @@ class LatentEncoder:
                     self.store.add(name, {"moments": value})
         target = torch.stack([row.pop(0) for row in moments]).float() if batch.has_targets else batch.target
         references = collate_references([[value.float() for value in row] for row in moments])
-        return replace(batch, target=target, references=references, encoded=True)
+        return replace(batch, target=target, references=references, encoded=True, pictures=batch.references)
 
     def sample(
         self, moments: Float[Tensor, "b c2 h w"], seed: int, purpose: str, batch: ImageBatch
@@ -121,6 +121,20 @@ class LatentEncoder:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = draw(torch.randn, shape, seed, f"posterior {purpose}", batch.epochs, batch.sample_ids)
         return sample_latents(self.vae, moments, noise.to(moments.device))
+
+    def references(self, batch: ImageBatch, seed: int) -> Any:
+        """Posterior samples of an encoded batch's references, as the transformer takes them: None, (B, C, h, w) for one
+        each, or lists over samples."""
+        references = batch.references
+        if references is None:
+            return None
+        if isinstance(references, Tensor):
+            samples = [self.sample(each, seed, f"reference {r}", batch) for r, each in enumerate(references.unbind(1))]
+            return samples[0] if len(samples) == 1 else [list(s) for s in torch.stack(samples, dim=1)]
+        return [
+            [self.sample(image[None], seed, f"reference {r}", batch.sample(i))[0] for r, image in enumerate(images)]
+            for i, images in enumerate(references)
+        ]
 
 
 class TextEncoder:

@@ -67,6 +67,11 @@ class KontextPipeline(StableDiffusion3Pipeline):
         folder = Path(pretrained_model_name_or_path)
         # Anything but a hub id, which is owner/name; where the owner's part is a folder here, a path was meant.
         if folder.exists() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
+            if (folder / "conditioner").is_dir():
+                raise CheckpointError(
+                    f"{folder} is a Metaquery model, which has no text encoders; open it with MetaqueryPipeline, and "
+                    "train it with lightning_modules.connector.ConnectorModule (configs/joint.yaml) or reinforcement"
+                )
             require_parts(folder, ("transformer", "vae", "scheduler"))
             for check in part_checks(folder):
                 check()
@@ -84,17 +89,19 @@ class KontextPipeline(StableDiffusion3Pipeline):
         """Writes a checkpoint folder that names only classes of diffusers and transformers; adapters are merged into
         its weights, and lie in lora/ too, as diffusers' `load_lora_weights` reads them."""
         super().save_pretrained(str(save_directory), **kwargs)
-        if has_adapters(self.transformer):
-            weights, settings = adapter_state(self.transformer)
-            self.save_lora_weights(
-                str(Path(save_directory, "lora")),
-                transformer_lora_layers=weights,
-                transformer_lora_adapter_metadata=settings,
-            )
+        self.save_adapters(Path(save_directory))
         path = Path(save_directory, "model_index.json")
         index = read_json(path)
         index |= {"_class_name": STOCK_PIPELINE, "transformer": STOCK_TRANSFORMER}
         path.write_text(json.dumps(index, indent=2) + "\n")
+
+    def save_adapters(self, folder: Path) -> None:
+        """Writes lora/, if there are adapters."""
+        if has_adapters(self.transformer):
+            weights, settings = adapter_state(self.transformer)
+            self.save_lora_weights(
+                str(folder / "lora"), transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings
+            )
 
     @property
     def size_multiple(self) -> int:
@@ -186,19 +193,22 @@ class KontextPipeline(StableDiffusion3Pipeline):
                 f"output_type is {output_type!r} and num_inference_steps {num_inference_steps}; expected one of "
                 f"{', '.join(OUTPUTS)} and at least 1 step"
             )
-        positive = self._embeddings(prompt, prompt_embeds, pooled_prompt_embeds, max_sequence_length, "prompt")
-        count, device = len(positive[0]), positive[0].device
+        given = prompt if prompt_embeds is None else list(prompt_embeds)
+        count = len(given) if isinstance(given, list) else 1
         references = group_references(image, count)
         height, width = self._output_size(height, width, references)
+        pictures = self._pictures(references, (height, width))
+        length = max_sequence_length
+        positive = self._embeddings(prompt, pictures, prompt_embeds, pooled_prompt_embeds, length, "prompt")
+        device = positive[0].device
         negative = None
         if guidance_scale != 1:
             if negative_prompt is None:
                 negative_prompt = EDIT_NEGATIVE_PROMPT if references else ""
             texts = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
-            negative = self._embeddings(
-                texts, negative_prompt_embeds, negative_pooled_prompt_embeds, max_sequence_length, "negative_prompt"
-            )
-        encoded = self._encode_references(references, (height, width), generator) if references else None
+            given_negative = negative_prompt_embeds, negative_pooled_prompt_embeds
+            negative = self._embeddings(texts, pictures, *given_negative, length, "negative_prompt")
+        encoded = None if pictures is None else self._encode_references(pictures, generator)
         if latents is None:
             shape = (count, self.transformer.config.in_channels, *self._latent_size(height, width))
             latents = randn_tensor(shape, generator=generator, device=device)
@@ -209,7 +219,13 @@ class KontextPipeline(StableDiffusion3Pipeline):
         return StableDiffusion3PipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def _embeddings(
-        self, texts: str | list[str] | None, embeds: Tensor | None, pooled: Tensor | None, length: int | None, name: str
+        self,
+        texts: str | list[str] | None,
+        pictures: list[list[Tensor]] | None,
+        embeds: Tensor | None,
+        pooled: Tensor | None,
+        length: int | None,
+        name: str,
     ) -> tuple[Tensor, Tensor]:
         if embeds is not None:
             if pooled is None:
@@ -217,7 +233,23 @@ class KontextPipeline(StableDiffusion3Pipeline):
             return embeds, pooled
         if texts is None:
             raise ValueError(f"give {name} or {name}_embeds with their pooled embeddings")
-        return self.encode_unique([texts] if isinstance(texts, str) else texts, length)
+        return self._encode_prompts([texts] if isinstance(texts, str) else texts, pictures, length)
+
+    def _encode_prompts(
+        self, prompts: list[str], pictures: list[list[Tensor]] | None, length: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of prompts; text encoders see no pictures."""
+        return self.encode_unique(prompts, length)
+
+    def _pictures(self, references: list[list[Image.Image]] | None, size: tuple[int, int]) -> list[list[Tensor]] | None:
+        """References (3, h, w) in [-1, 1]; one of a prompt at the output's size, several at their own."""
+        if references is None:
+            return None
+        sizes = [[size] if len(images) == 1 else [self._own_size(image) for image in images] for images in references]
+        return [
+            [to_tensor(image.convert("RGB"), own) for image, own in zip(images, row, strict=True)]
+            for images, row in zip(references, sizes, strict=True)
+        ]
 
     def _latent_size(self, height: int, width: int) -> tuple[int, int]:
         return height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -239,19 +271,14 @@ class KontextPipeline(StableDiffusion3Pipeline):
             )
         return height, width
 
-    def _encode_references(
-        self, references: list[list[Image.Image]], size: tuple[int, int], generator: Generators
-    ) -> Any:
+    def _encode_references(self, pictures: list[list[Tensor]], generator: Generators) -> Any:
         """Sampled posterior latents, as released: (B, C, h, w) for one each, else lists."""
-        if all(len(images) == 1 for images in references):
-            first = torch.stack([to_tensor(images[0].convert("RGB"), size) for images in references])
-            return self._sample(first, generator)
+        if all(len(images) == 1 for images in pictures):
+            return self._sample(torch.stack([images[0] for images in pictures]), generator)
         rows = []
-        for i, images in enumerate(references):
+        for i, images in enumerate(pictures):
             draws = generator[i] if isinstance(generator, list) else generator
-            sizes = [size] if len(images) == 1 else [self._own_size(image) for image in images]
-            pixels = [to_tensor(image.convert("RGB"), own) for image, own in zip(images, sizes, strict=True)]
-            rows.append([self._sample(p[None], draws)[0] for p in pixels])
+            rows.append([self._sample(pixels[None], draws)[0] for pixels in images])
         return rows
 
     def _own_size(self, image: Image.Image) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,19 @@ from lightning_modules.pipelines.kontext import KontextPipeline
 
 logger = logging.getLogger(__name__)
 CHUNK = 256  # prompts embedded ahead at a time
+Pictures = Sequence[Sequence[Float[Tensor, "3 _ _"]]]  # of each prompt, in [-1, 1]
+
+
+class Prompts(Protocol):
+    """What makes conditions of prompts, and of the pictures that they speak of."""
+
+    def __call__(self, prompts: Sequence[str], pictures: Pictures | None = None) -> tuple[Tensor, Tensor]:
+        """Sequence (B, T, d) and pooled (B, p) embeddings."""
+        ...
+
+    def fill(self, prompts: Iterable[str]) -> None:
+        """Does ahead of need what the prompts alone decide."""
+        ...
 
 
 class PromptCache:
@@ -34,8 +48,10 @@ class PromptCache:
         self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
-        """Sequence and pooled embeddings of the prompts."""
+    def __call__(
+        self, prompts: Sequence[str], pictures: Pictures | None = None
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b p"]]:
+        """Sequence and pooled embeddings of the prompts; text encoders see no `pictures`."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._entries]
         fresh = {prompt: (found["sequence"], found["pooled"]) for prompt, found in self._features(missing).items()}
         rows = [fresh.get(prompt) or self._entries[prompt] for prompt in prompts]

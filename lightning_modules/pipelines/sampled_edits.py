@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -18,6 +19,7 @@ from data_pipeline.index import sample_id
 from data_pipeline.records import EditRecord, EncodedImage, PromptRecord, Record, Rejected
 from data_pipeline.transforms import decode, fit_size
 from lightning_modules.pipelines.kontext import KontextPipeline
+from lightning_modules.pipelines.opening import open_folder
 from lightning_modules.pipelines.scorers import folder_fingerprint
 
 
@@ -76,7 +78,7 @@ class SampledEdits:
     @cached_property
     def _pipeline(self) -> KontextPipeline:
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # CLIP is meant to read only a text's beginning
-        return KontextPipeline.from_pretrained(self.pretrained).to(self.device)
+        return open_folder(Path(self.pretrained)).to(self.device)
 
     def rewrite(self, records: Sequence[Record]) -> list[Record | Rejected]:
         """Each record with a picture of the model's own; what is no edit is rejected."""

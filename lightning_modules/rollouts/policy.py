@@ -21,7 +21,7 @@ class Policy:
         sequence, pooled: text embeddings (P, T, d) and (P, p).
         references: clean latents (P, R, C, h, w) of the pictures to edit, or None.
         guidance_scale: s of classifier-free guidance; other than 1 it evaluates a negative branch beside.
-        negative: text embeddings (1, T, d) and (1, p) of that branch.
+        negative: text embeddings of that branch, one for all groups or one each: (1 or P, T, d) and (1 or P, p).
     """
 
     transformer: Any
@@ -32,9 +32,9 @@ class Policy:
     negative: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, transformer: Any, rollout: Rollout, scale: float, negative: tuple[Tensor, Tensor] | None) -> Policy:
+    def of(cls, transformer: Any, rollout: Rollout, scale: float) -> Policy:
         """Under the conditions that a rollout was sampled under."""
-        return cls(transformer, rollout.sequence, rollout.pooled, rollout.references, scale, negative)
+        return cls(transformer, rollout.sequence, rollout.pooled, rollout.references, scale, rollout.negative)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         members = len(x) // len(self.sequence)
@@ -42,7 +42,8 @@ class Policy:
         references = None if self.references is None else self.references.repeat_interleave(members, 0)
         if self.negative is not None:
             sequence, pooled = (
-                torch.cat([n.expand_as(own), own]) for n, own in zip(self.negative, (sequence, pooled), strict=True)
+                torch.cat([n.repeat_interleave(len(own) // len(n), 0), own])
+                for n, own in zip(self.negative, (sequence, pooled), strict=True)
             )
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
             references = None if references is None else torch.cat([references, references])

@@ -19,6 +19,7 @@ from lightning_modules.samplers.sde import Trajectory
 LISTS = ("keys", "prompts", "metadata")  # of P entries
 PICTURE_AXIS = {"states": 1, "log_probs": 1, "x0": 0}  # tensors of B pictures; all others are of P groups
 REWARD = "reward."
+NEGATIVE = ("negative_sequence", "negative_pooled")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Rollout:
         references: (P, R, C, h, w) clean latents of the pictures to edit, or None.
         trajectory: of B pictures.
         rewards: (P, G) each, by name.
+        negative: text embeddings (P, T, d) and (P, p) of the negative branch, or None.
 
     >>> Rollout.load(path).trajectory.x0.shape  # doctest: +SKIP
     torch.Size([48, 4, 16, 16])
@@ -49,6 +51,7 @@ class Rollout:
     references: Float[Tensor, "p r c h w"] | None
     trajectory: Trajectory
     rewards: dict[str, Float[Tensor, "p g"]] = field(default_factory=dict)
+    negative: tuple[Float[Tensor, "p t d"], Float[Tensor, "p q"]] | None = None
 
     def __len__(self) -> int:
         """Pictures."""
@@ -70,6 +73,7 @@ class Rollout:
         t = self.trajectory
         found = {"sequence": self.sequence, "pooled": self.pooled, "references": self.references}
         found |= {"sigmas": t.sigmas, "states": t.states, "log_probs": t.log_probs, "x0": t.x0}
+        found |= dict(zip(NEGATIVE, self.negative or (None, None), strict=True))
         found |= {f"{REWARD}{name}": values for name, values in self.rewards.items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -89,6 +93,7 @@ class Rollout:
             references=tensors.get("references"),
             trajectory=Trajectory(tensors["sigmas"], window, *(tensors[n] for n in ("states", "log_probs", "x0"))),
             rewards={name.removeprefix(REWARD): t for name, t in tensors.items() if name.startswith(REWARD)},
+            negative=(tensors[NEGATIVE[0]], tensors[NEGATIVE[1]]) if NEGATIVE[0] in tensors else None,
         )
 
     def to(self, device: torch.device | str) -> Rollout:

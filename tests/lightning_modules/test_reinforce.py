@@ -75,7 +75,7 @@ def sampled(module: ReinforceModule, batch: ImageBatch, tmp_path: Path) -> Rollo
 def test_log_probabilities_agree_bitwise_and_the_first_ratio_is_one(folder: str, algorithm, tmp_path: Path) -> None:
     module = made(folder, algorithm)
     rollout = sampled(module, prompts(0, count=2), tmp_path)
-    policy = Policy.of(module.transformer, rollout, 1.0, None)
+    policy = Policy.of(module.transformer, rollout, 1.0)
     points = list(algorithm.points(rollout, module.draw_points))
     assert len(points) == 2
     for place, point in enumerate(points):
@@ -92,7 +92,7 @@ def test_log_probabilities_agree_bitwise_and_the_first_ratio_is_one(folder: str,
 def test_zero_advantages_have_no_gradient(folder: str, algorithm, tmp_path: Path) -> None:
     module = made(folder, algorithm)
     rollout = sampled(module, prompts(0, count=2), tmp_path)
-    policy = Policy.of(module.transformer, rollout, 1.0, None)
+    policy = Policy.of(module.transformer, rollout, 1.0)
     draw = lambda purpose, number, shape: module.draw_points(0, len(rollout), purpose, number, shape)  # noqa: E731
     for point in algorithm.points(rollout, draw):
         v = policy(point.x, point.sigma)
@@ -292,7 +292,7 @@ def test_guidance_is_part_of_the_policy_and_costs_twice(folder: str, tmp_path: P
     guided = made(folder, GRPO(window=WINDOW), sampling=replace(SAMPLING, guidance_scale=3.0))
     rollout = sampled(guided, prompts(0, count=2), tmp_path)
     assert guided.evaluations == 2 * 4 * 6
-    policy = Policy.of(guided.transformer, rollout, 3.0, guided.negative())
+    policy = Policy.of(guided.transformer, rollout, 3.0)
     point = next(guided.algorithm.points(rollout, guided.draw_points))
     comparison = guided.algorithm.compare(v := policy(point.x, point.sigma), v.detach(), point, rollout)
     assert torch.equal(comparison.log_prob, rollout.trajectory.log_probs[0])
@@ -341,7 +341,7 @@ def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path)
     """Where all pictures are entirely good and beta is 1, NFT regresses on them as flow matching does."""
     module = made(folder)
     rollout = sampled(module, prompts(0, count=2), tmp_path)
-    policy = Policy.of(module.transformer, rollout, 1.0, None)
+    policy = Policy.of(module.transformer, rollout, 1.0)
     draw = lambda purpose, number, shape: module.draw_points(0, len(rollout), purpose, number, shape)  # noqa: E731
     point = next(DiffusionNFT().points(rollout, draw))
     v = policy(point.x, point.sigma)

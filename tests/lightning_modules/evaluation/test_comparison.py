@@ -70,3 +70,10 @@ def test_the_chart_places_gains_on_one_scale() -> None:
     unit = (ticks["+0.4"] - ticks["0"]) / 0.4
     assert first == pytest.approx([ticks["0"] + unit * gain for gain in (0.5, 0.25, 0.375)], abs=0.2)
     assert ElementTree.fromstring(gain_chart.draw([], "none")) is not None
+
+
+def test_a_papers_figures_stand_in_columns_of_their_own() -> None:
+    text = markdown(compare(TRIALS, WANTED, COLUMNS, "none"), "none", {"rl": {"GenEval": 0.86}})
+    lines = text.splitlines()
+    assert lines[0] == "| arm | seeds | edit | edit, best | paper: GenEval | evaluations | minutes |"
+    assert lines[2].endswith("| 0.500 |  | 0k | 0.0 |") and "| 0.86 | 110k |" in lines[3]

@@ -1,0 +1,354 @@
+"""Queries to a frozen vision-language model as a transformer's conditions (UniPic 2.0's Metaquery, stages 1 and 3)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+from data_pipeline.batches import ImageBatch
+from data_pipeline.counters import draw
+from data_pipeline.errors import InputError
+from lightning_modules.gradients import Gradients
+from lightning_modules.kontext import Dropout, Timesteps, check_tasks
+from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.networks import Conditioner
+from lightning_modules.networks.adapters import Lora, add_lora
+from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.flops import connector_flops, forward_flops, query_flops
+from lightning_modules.networks.light_head import keep_blocks
+from lightning_modules.networks.loading import check_state, read_json
+from lightning_modules.networks.vlm import Reading
+from lightning_modules.pipelines import MetaqueryPipeline
+from lightning_modules.pipelines.encoders import LatentEncoder
+from lightning_modules.pipelines.metaquery import Querying, querying_of, require_conditioner, vlm_of
+from lightning_modules.pipelines.queries import QueryCache
+from lightning_modules.pocket import checkpoint_folder
+from lightning_modules.pocket_vlm import vlm_folder
+from lightning_modules.samplers import path
+from lightning_modules.schedule import AdamW, adamw
+
+logger = logging.getLogger(__name__)
+KEEP = "keep everything"  # the instruction of a reconstruction
+
+
+@dataclass
+class Connector:
+    """The sizes of a new connector; the defaults are the release's.
+
+    Attributes:
+        num_queries: learnable queries, the length of the transformer's text sequence.
+        width: of the encoder.
+        inner: of its feed-forward layers.
+        layers: how many.
+        heads: of its attention.
+    """
+
+    num_queries: int = 256
+    width: int = 1536
+    inner: int = 8960
+    layers: int = 24
+    heads: int = 24
+
+    def __post_init__(self) -> None:
+        if min(self.num_queries, self.width, self.inner, self.heads) < 1 or self.layers < 0:
+            raise InputError(f"connector: sizes are whole numbers of at least 1 (layers of 0), got {self}")
+
+
+class ConnectorModule(L.LightningModule):
+    """Trains queries and connector, the transformer, or all of them; autoencoder and vision-language model are frozen.
+
+    Args:
+        pretrained: checkpoint folder of transformer, autoencoder and scheduler, such as an export of configs/edit.yaml.
+        vlm: folder of a Qwen2.5-VL, or "pocket", which is built on first use; None takes that of `conditioner`, else
+            that of `pretrained`.
+        conditioner: a Metaquery folder, the conditioner of which is gone on with; None takes that of `pretrained` if it
+            has one, and else makes a new one.
+        connector: sizes of a new one.
+        train: what the optimiser moves; the queries belong to the connector.
+        reference: who sees the pictures to edit; None takes what the conditioner was trained with, both for a new one.
+        reading: how the vision-language model is queried; None as above.
+        steps: optimiser steps of the whole run, for the schedule.
+        seed: the seed of every draw.
+        optimizer: AdamW and its schedule.
+        timesteps: the distribution of sigma.
+        dropout: probabilities of dropping conditions; an edit without its instruction keeps its pictures.
+        task_weights: loss weight of each task's samples.
+        reconstruction: share of edits that learn to give back what they are shown, against a balance between picture
+            and text that neglects one of them (MENTOR, arXiv 2507.09574).
+        light_head: blocks of the transformer that are kept, so that the connector first learns beside a light head
+            (Query-Kontext, arXiv 2509.26641); its conditioner then goes with the whole transformer.
+        vlm_lora: adapters to train in the vision-language model. What it reads is then computed in every step, and what
+            it understands changes.
+        feature_cache: folder that keeps what the vision-language model read from run to run.
+        compile: compile the transformer's blocks (falls back to eager, and says so, without a C++ compiler).
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        vlm: str | None = None,
+        conditioner: str | None = None,
+        connector: Connector = Connector(),  # noqa: B008
+        train: list[Literal["connector", "transformer"]] = ["connector"],  # noqa: B006
+        reference: Literal["both", "vlm", "transformer"] | None = None,
+        reading: Reading | None = None,
+        steps: int = 1000,
+        seed: int = 0,
+        optimizer: AdamW = AdamW(),  # noqa: B008
+        timesteps: Timesteps = Timesteps(),  # noqa: B008
+        dropout: Dropout = Dropout(),  # noqa: B008
+        task_weights: dict[str, float] | None = None,
+        reconstruction: float = 0.0,
+        light_head: int | None = None,
+        vlm_lora: Lora | None = None,
+        feature_cache: str | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        check_tasks("task_weights", task_weights or {})
+        if not train and vlm_lora is None:
+            raise InputError("train is empty; name connector, transformer or both")
+        if not 0 <= reconstruction <= 1:
+            raise InputError(f"reconstruction is a share from 0 to 1, got {reconstruction:g}")
+        if feature_cache is not None and vlm_lora is not None:
+            raise InputError("feature_cache keeps what a frozen VLM read; leave it out, or vlm_lora")
+        self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
+        self.pretrained, self.vlm, self.conditioner_folder, self.connector = pretrained, vlm, conditioner, connector
+        self.parts, self.reference, self.reading = list(train), reference, reading
+        self.steps, self.seed, self.optimizer_settings = steps, seed, optimizer
+        self.timesteps, self.dropout, self.task_weights = timesteps, dropout, task_weights or {}
+        self.reconstruction, self.light_head, self.vlm_lora = reconstruction, light_head, vlm_lora
+        self.feature_cache, self.compile_blocks = feature_cache, compile
+        self.evaluations = 0
+        self.transformer: Any = None
+        self.conditioner: Any = None
+        self._prefix_tokens = 0.0
+
+    def prepare_data(self) -> None:
+        """Builds pocket folders that are asked for and missing (rank 0)."""
+        checkpoint_folder(self.pretrained)
+        vlm_folder(self.vlm or "")
+
+    def configure_model(self) -> None:
+        """Loads or makes all parts; called again it does nothing."""
+        if self.transformer is not None:
+            return
+        self._pipeline = self.assembled()
+        self._encoder = LatentEncoder(self._pipeline.vae)
+        self._queries = QueryCache(self._pipeline, root=self.feature_cache)
+        self.transformer, self.conditioner = self._pipeline.transformer, self._pipeline.conditioner
+        if self.light_head is not None:
+            keep_blocks(self.transformer, self.light_head)
+        self.transformer.requires_grad_("transformer" in self.parts).train()
+        self.conditioner.requires_grad_("connector" in self.parts).train()
+        if self.vlm_lora is not None:
+            add_lora(self._pipeline.vlm.model, self.vlm_lora, self.seed)
+            self.language_model = self._pipeline.vlm.model
+        self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
+
+    def assembled(self) -> MetaqueryPipeline:
+        """The parts of the folders that are named, and a new conditioner where none is."""
+        folder = checkpoint_folder(self.pretrained)
+        known = Path(self.conditioner_folder) if self.conditioner_folder else None
+        if known is None and (folder / "conditioner").is_dir():
+            known = folder
+        if known is not None:
+            require_conditioner(known)
+        before = Querying() if known is None else querying_of(known)
+        querying = Querying(self.reference or before.reference, self.reading or before.reading)
+        vlm = vlm_folder(self.vlm) if self.vlm else vlm_of(known or folder, None)
+        conditioner = self.new_conditioner(folder, vlm, querying) if known is None else None
+        conditioner = conditioner or Conditioner.from_pretrained(known, subfolder="conditioner")
+        return MetaqueryPipeline.assembled(folder, conditioner, vlm, querying)
+
+    def new_conditioner(self, folder: Path, vlm: Path, querying: Querying) -> Conditioner:
+        """Drawn from the seed alone, for this transformer and this vision-language model."""
+        transformer, language = read_json(folder / "transformer" / "config.json"), read_json(vlm / "config.json")
+        sizes = self.connector
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return Conditioner(
+                {
+                    "hidden_size": sizes.width,
+                    "intermediate_size": sizes.inner,
+                    "num_hidden_layers": sizes.layers,
+                    "num_attention_heads": sizes.heads,
+                },
+                num_queries=sizes.num_queries,
+                llm_hidden_size=language.get("text_config", language)["hidden_size"],
+                pooled_projection_dim=transformer["pooled_projection_dim"],
+                joint_attention_dim=transformer["joint_attention_dim"],
+                fused_layers=len(querying.reading.layers),
+            )
+
+    def on_fit_start(self) -> None:
+        self.pipeline()
+
+    def on_train_start(self) -> None:
+        """Compiles for the shapes of each task, so that the first steps need not."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.compile_blocks and hasattr(data, "first_batches"):
+            for batch in data.first_batches():
+                logger.info("compiling the blocks for %s", batch.task)
+                parameters = [p for _, p in self.trainable_parameters()]
+                with self.trainer.precision_plugin.train_step_context():
+                    loss = self.flow_matching_loss(batch.to(self.device))
+                torch.autograd.grad(loss, parameters, allow_unused=True)  # leaves no trace: every draw is counted
+
+    def teardown(self, stage: str) -> None:
+        """Writes what the feature cache has not written yet."""
+        if self.transformer is not None:
+            self._queries.commit()
+
+    def pipeline(self) -> MetaqueryPipeline:
+        """The inference pipeline on the live weights, frozen parts included, on this module's device."""
+        return self._pipeline.to(self.device)
+
+    def latent_encoder(self) -> LatentEncoder:
+        """The frozen autoencoder, for the data's cache too; usable before the module is configured."""
+        if self.transformer is None:
+            self._encoder = LatentEncoder.from_pretrained(str(checkpoint_folder(self.pretrained)))
+        return self._encoder
+
+    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Names and parameters that the optimiser moves."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        loss = self.flow_matching_loss(batch)
+        self.evaluations += self.passes * len(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log(f"train/loss_{batch.task}", loss, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        with torch.compiler.set_stance("force_eager"):
+            loss = self.flow_matching_loss(batch)
+        self.log(f"val/loss_{batch.task}", loss, batch_size=len(batch), sync_dist=True, add_dataloader_idx=False)
+
+    def flow_matching_loss(self, batch: ImageBatch) -> Tensor:
+        """Rectified flow: regress v = eps - x0 at x_sigma, given clean references and what the queries brought back."""
+        batch = self.prepared(batch)
+        x0, references = self.encode(batch)
+        sequence, pooled = self.embed(batch)
+        noise = self.draw(torch.randn, tuple(x0.shape[1:]), "noise", batch)
+        sigma = self.timesteps.sigma(self.draw(torch.rand, (), "sigma", batch), batch.tasks)
+        v = self.transformer(
+            hidden_states=path.interpolate(x0, noise, sigma),
+            ref_hidden_states=references,
+            encoder_hidden_states=sequence,
+            pooled_projections=pooled,
+            timestep=1000 * sigma,
+            return_dict=False,
+        )[0]
+        weight = sigma.new_tensor([self.task_weights.get(task, 1.0) for task in batch.tasks])
+        return flow_matching(v, path.velocity(x0, noise), weight)
+
+    def draw(self, sampler: Any, shape: tuple[int, ...], purpose: str, batch: ImageBatch) -> Float[Tensor, "b ..."]:
+        """One fp32 draw per sample, a function of (seed, purpose, epoch, sample id) alone."""
+        return draw(sampler, shape, self.seed, purpose, batch.epochs, batch.sample_ids).to(self.device)
+
+    @torch.no_grad()
+    def prepared(self, batch: ImageBatch) -> ImageBatch:
+        """Moments in place of pixels, and in training captions dropped and edits made reconstructions by chance."""
+        if not batch.has_targets:
+            raise InputError("prompts have no target to learn from; leave data.prompt_records to reinforcement")
+        batch = self._encoder.encode_batch(batch)
+        if not self.training:
+            return batch
+        batch = self.reconstructed(batch)
+        return replace(batch, prompts=self.dropout.captions(batch, self.seed))
+
+    def reconstructed(self, batch: ImageBatch) -> ImageBatch:
+        """Some edits with their one reference as the target, and an instruction to keep it."""
+        references = batch.references
+        if not self.reconstruction or not isinstance(references, Tensor) or references.shape[1] != 1:
+            return batch
+        counters = batch.epochs, batch.sample_ids
+        taken = draw(torch.rand, (), self.seed, "reconstruction", *counters) < self.reconstruction
+        target = torch.where(taken.to(self.device)[:, None, None, None], references[:, 0], batch.target)
+        prompts = [KEEP if one else prompt for one, prompt in zip(taken.tolist(), batch.prompts, strict=True)]
+        return replace(batch, target=target, prompts=prompts)
+
+    @torch.no_grad()
+    def encode(self, batch: ImageBatch) -> tuple[Float[Tensor, "b c h w"], Any]:
+        """Posterior samples of the target, and of what references the transformer sees."""
+        target = self._encoder.sample(batch.target, self.seed, "target", batch)
+        hidden = self._pipeline.reference == "vlm"
+        dropped = self.training and self.dropout.references(batch, self.seed)
+        return target, None if hidden or dropped else self._encoder.references(batch, self.seed)
+
+    def embed(self, batch: ImageBatch) -> tuple[Float[Tensor, "b n e"], Float[Tensor, "b p"]]:
+        """What the queries bring back, with gradients where they lead to something that is trained."""
+        if self.vlm_lora is not None:
+            return self._pipeline.condition(self._pipeline.read(batch.prompts, batch.pixels()))
+        prefixes = self._queries.prefixes(batch.prompts, batch.pixels())
+        self._prefix_tokens = sum(each["cache"].shape[-2] for each in prefixes) / len(prefixes)
+        with nullcontext() if "connector" in self.parts else torch.no_grad():
+            return self._pipeline.condition(prefixes)
+
+    @property
+    def passes(self) -> int:
+        """The transformer's passes in a step: forward, backward to its input, and to its weights if it is trained."""
+        backward = "connector" in self.parts or self.vlm_lora is not None
+        return 1 + backward + 1 if "transformer" in self.parts else 1 + backward
+
+    def training_flops(self, batch: ImageBatch) -> float:
+        """Model FLOPs of one training step on this batch, without frozen encoders and what they read once."""
+        factor = 1 if batch.encoded else self._pipeline.vae_scale_factor
+        references = batch.references if self._pipeline.reference != "vlm" else None
+        images = [*batch.target]
+        if isinstance(references, Tensor):
+            images += [*references.flatten(0, 1)]
+        elif references is not None:
+            images += [image for sample in references for image in sample]
+        patch = factor * self.transformer.config.patch_size
+        tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
+        queries, trained = self._pipeline.text_tokens, "connector" in self.parts
+        each = self.passes * forward_flops(self.transformer.config, tokens, queries)
+        each += (3 if trained else 1) * connector_flops(self.conditioner.config)
+        each += (2 if trained else 1) * query_flops(self._pipeline.vlm.text, queries, self._prefix_tokens)
+        return len(batch) * each
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
+        if gradient_clip_val:
+            self._gradients.clip(gradient_clip_val)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._gradients.changed()
+
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """2-norm of all gradients since the last backward pass, computed once for all who ask."""
+        return self._gradients.norm()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops frozen weights."""
+        trained = dict(self.trainable_parameters())
+        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        checkpoint["evaluations"] = self.evaluations
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Names every weight that does not fit before any is copied."""
+        self.evaluations = checkpoint["evaluations"]
+        check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
+
+    def configure_optimizers(self) -> Any:
+        self._gradients = Gradients(p for _, p in self.trainable_parameters())
+        optimizer, schedule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
