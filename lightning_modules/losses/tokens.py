@@ -1,7 +1,4 @@
-"""Log-probabilities of tokens, divergences of token policies, and how losses of tokens become one number.
-
-A mask is 1 for tokens that a loss is about, 0 elsewhere; what stands there is never used.
-"""
+"""Losses of a language model over the tokens that are learned."""
 
 from __future__ import annotations
 
@@ -11,57 +8,34 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Tokens = Float[Tensor, "b t"]
-Aggregate = Literal["token", "sequence", "constant"]
-Estimator = Literal["k1", "k2", "k3"]
+Normalisation = Literal["token", "sample", "square"]
+IGNORED = -100
 
 
-def log_probs(logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], temperature: float = 1.0) -> Tokens:
-    """log softmax(logits / temperature) at the tokens: under the distribution that they were drawn from."""
-    scaled = logits.float() / temperature
-    return scaled.gather(2, tokens[..., None])[..., 0] - scaled.logsumexp(dim=2)
+def answer_nll(logits: Float[Tensor, "b l v"], labels: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    """-log p of each learned token given those before it, at the token's own place; 0 where nothing is learned."""
+    after = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+    return torch.nn.functional.pad(after, (1, 0))
 
 
-def entropy(logits: Float[Tensor, "b t v"]) -> Tokens:
-    """Of each token's distribution, in nats."""
-    logs = logits.float().log_softmax(dim=2)
-    return -(logs.exp() * logs).sum(dim=2)
+def token_weights(
+    labels: Int[Tensor, "b l"], segments: Int[Tensor, "b l"], normalisation: Normalisation
+) -> Float[Tensor, "b l"]:
+    """What each learned token counts, all in all 1: n_i tokens of sample i weigh in proportion to n_i^(-p) each.
 
-
-# Schulman 2020, "Approximating KL divergence"; GRPO (arXiv 2402.03300), equation 4, has k3.
-def divergence(new: Tokens, reference: Tokens, estimator: Estimator) -> Tokens:
-    """Estimates of KL(new || reference) at tokens drawn from `new`, log r = log reference - log new.
-
-    k1 = -log r (no bias, may be negative), k2 = (log r)^2 / 2, k3 = r - 1 - log r.
-    """
-    log_ratio = reference - new
-    match estimator:
-        case "k1":
-            return -log_ratio
-        case "k2":
-            return log_ratio.square() / 2
-    return torch.expm1(log_ratio) - log_ratio
-
-
-# "sequence": GRPO (arXiv 2402.03300), equation 3. "token": DAPO (arXiv 2503.14476), equation 8. "constant": Dr. GRPO
-# (arXiv 2503.20783), section 3.2, whose length does not depend on the answers.
-def aggregated(
-    losses: Tokens, mask: Tokens, kind: Aggregate, total: float, sequences: float, longest: int
-) -> Float[Tensor, ""]:
-    """One number of a part of a batch, so that the parts' numbers add up to the batch's.
+    "token" (p = 0): all tokens alike, so that long answers count more. "sample" (p = 1): all samples alike. "square"
+    (p = 1/2): between them, as InternVL 2.5 (arXiv 2412.05271, section 3.3, equation 1).
 
     Args:
-        losses: of tokens.
-        mask: of tokens.
-        kind: "token": the mean over all tokens; "sequence": the mean over sequences of their means over tokens;
-            "constant": the sum over tokens, divided by sequences times the longest answer allowed.
-        total: tokens of the whole batch.
-        sequences: of the whole batch.
-        longest: tokens that an answer may have.
+        labels: -100 where nothing is learned.
+        segments: the number of a token's sample in its row, 0 where padded.
+        normalisation: p.
     """
-    masked = torch.where(mask > 0, losses, 0.0)
-    if kind == "token":
-        return masked.sum() / max(total, 1.0)
-    if kind == "sequence":
-        return (masked.sum(dim=1) / mask.sum(dim=1).clamp_min(1)).sum() / max(sequences, 1.0)
-    return masked.sum() / (max(sequences, 1.0) * longest)
+    learned = labels != IGNORED
+    count = int(segments.max()) + 1
+    sizes = torch.zeros(len(labels), count, device=labels.device).scatter_add_(1, segments, learned.float())
+    power = {"token": 0.0, "sample": 1.0, "square": 0.5}[normalisation]
+    weights = learned * sizes.clamp(min=1).gather(1, segments) ** -power
+    return weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

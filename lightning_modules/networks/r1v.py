@@ -93,7 +93,7 @@ class R1VModel(nn.Module):
 
         Args:
             input_ids: tokens.
-            attention_mask: 0 where padded; else the number of the sample that a token is of, from 1 in each row: samples
+            attention_mask: 0 where padded; else the number of a token's sample, from 1 in each row: samples
                 that are packed into a row do not see one another.
             image_features: (tiles, tokens, d) or (tokens, d), in the order of their tokens; None for words alone.
         """
@@ -303,8 +303,8 @@ def add_image_tokens(tokenizer: Any, rows: int) -> None:
     missing = [t for t in (IMAGE, IMAGE_START, IMAGE_END) if t not in tokenizer.get_vocab()]
     if len(tokenizer) + len(missing) > rows:
         raise CheckpointError(
-            f"the tokenizer {tokenizer.name_or_path} lacks {', '.join(missing)}, and its model's embedding has {rows} rows "
-            f"for {len(tokenizer)} tokens: none to spare; take a model whose embedding is padded, or enlarge it"
+            f"the tokenizer {tokenizer.name_or_path} lacks {', '.join(missing)}, and its model's embedding has {rows} "
+            f"rows for {len(tokenizer)} tokens: none to spare; take a model whose embedding is padded, or enlarge it"
         )
     tokenizer.add_tokens(missing, special_tokens=True)
 

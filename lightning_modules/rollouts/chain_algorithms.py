@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 from lightning_modules.losses.policy_gradient import clip_higher, dual_clip
 from lightning_modules.losses.preference import bco, dpo, likelihood, mixed_preference
-from lightning_modules.losses.tokens import Aggregate, Estimator, aggregated, divergence
+from lightning_modules.losses.token_policy import Aggregate, Estimator, aggregated, divergence
 from lightning_modules.rollouts.chains import Answer, Batch
 
 
