@@ -7,6 +7,7 @@ number: in other trainers timeouts that were swallowed made every reward 0.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -122,17 +123,18 @@ class Accuracy:
 
     Args:
         verifier: what compares.
+
+    `counts` is how often each reason came; who logs them clears it.
     """
 
     verifier: Verifier = field(default_factory=Verifier)
-
-    def verdicts(self, texts: Sequence[str], requests: Sequence[Request]) -> list[Verdict]:
-        """Each answer's verdict."""
-        return [self.one(text, request) for text, request in zip(texts, requests, strict=True)]
+    counts: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     def score(self, texts: Sequence[str], requests: Sequence[Request]) -> list[float | None]:
         """The verdicts' values."""
-        return [verdict.value for verdict in self.verdicts(texts, requests)]
+        found = [self.one(text, request) for text, request in zip(texts, requests, strict=True)]
+        self.counts.update(verdict.reason for verdict in found)
+        return [verdict.value for verdict in found]
 
     def one(self, text: str, request: Request) -> Verdict:
         """Of one text."""
@@ -164,7 +166,11 @@ class Format:
     def well_formed(self, text: str) -> bool:
         """Templates may have written the opening mark, so it may be missing, but not come twice."""
         chain = split(text)
-        once = text.count(CLOSE) == 1 and text.count(OPEN) <= 1 and not text.partition(OPEN)[0].strip(" \n") * (OPEN in text)
+        once = (
+            text.count(CLOSE) == 1
+            and text.count(OPEN) <= 1
+            and not text.partition(OPEN)[0].strip(" \n") * (OPEN in text)
+        )
         return once and bool(chain.thought.strip()) and bool(boxes(chain.said) if self.boxed else chain.said.strip())
 
 

@@ -128,8 +128,12 @@ class MixedPreference:
         return True
 
     def choose(self, group: list[Answer]) -> list[Answer]:
-        """The best and the worst answer, in this order; the first of equals. None where they are too near."""
-        best, worst = (pick(group, key=lambda answer: answer.reward) for pick in (max, min))
+        """The best and the worst answer that came to an end, in this order; the first of equals. None where they are
+        too near."""
+        ended = [answer for answer in group if answer.ended]
+        if not ended:
+            return []
+        best, worst = (pick(ended, key=lambda answer: answer.reward) for pick in (max, min))
         return [best, worst] if best.reward - worst.reward > self.margin else []
 
     def loss(self, new: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
