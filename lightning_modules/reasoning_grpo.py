@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.chains import split
+from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
 from lightning_modules.gradients import Gradients
@@ -127,8 +127,8 @@ class ReasoningGrpoModule(L.LightningModule):
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
-                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the same "
-                "or have no score. Look at reward/* and answers/* in TensorBoard; take easier or harder questions, or "
+                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the "
+                "same or have no score. Look at reward/* and answers/* in TensorBoard; take easier or harder questions, or "
                 "larger groups"
             )
         self.waiting += found
@@ -158,7 +158,7 @@ class ReasoningGrpoModule(L.LightningModule):
 
     @torch.no_grad()
     def collect(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """Samples a group of answers to each question, has them scored meanwhile, and keeps those that teach something."""
+        """Samples a group of answers to each question, has them scored meanwhile, and keeps what teaches something."""
         size, per = self.sampling.group_size, max(1, self.sampling.micro_answers // self.sampling.group_size)
         pending: list[tuple[list[Answer], Future[Scores]]] = []
         with ThreadPoolExecutor(1) as pool:
