@@ -24,7 +24,7 @@ from data_pipeline.sources import SceneQuestions
 
 @dataclass
 class QuestionShards:
-    """Shards of questions about scenes that `fit` builds itself where they are missing; see `sources.SceneQuestions`."""
+    """Shards of questions about scenes (`sources.SceneQuestions`) that `fit` builds itself where they are missing."""
 
     level: int = 1
     counts: dict[str, int] = field(default_factory=lambda: {"short": 8192})

@@ -23,8 +23,8 @@ class SceneQuestions:
     Attributes:
         level: of the scenes, 1 or 2.
         counts: records by the style of the answer: "short", "chain" (R1's form), "steps" (in plain words), "describe".
-        flawed: share of training records that are wrong in one of five ways, equally often; `score` in the metadata says
-            how good a record is, from 0 to 5, as a reward model would.
+        flawed: share of training records that are wrong in one of five ways, equally often; `score` in the metadata
+            says how good a record is, from 0 to 5, as a reward model would.
         words: tell the scene in words instead of showing it.
         kinds: of questions; None takes all.
         seed: of the draws.
