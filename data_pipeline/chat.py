@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.dataset import Verify
 from data_pipeline.errors import InputError
 from data_pipeline.index import IndexedRecord, load_index, read_member, view_member
@@ -25,30 +26,6 @@ logger = logging.getLogger(__name__)
 
 SET = "reasoning"
 BUCKET: Bucket = ((0, 0),)  # conversations have no shape: all are of one bucket
-
-
-@dataclass
-class ChatBatch:
-    """Conversations.
-
-    Attributes:
-        keys: B record keys.
-        sample_ids: (B,) int64, stable numbers of the records, for draws.
-        epochs: (B,) int64, how often the records were passed before, for draws.
-        turns: of each its (role, text); a picture stands where a text has `<image>`.
-        pictures: of each its pictures, (3, h, w) uint8.
-        metadata: of each its facts; "answer" is what a verifier compares with.
-    """
-
-    keys: list[str]
-    sample_ids: Tensor
-    epochs: Tensor
-    turns: list[list[tuple[str, str]]]
-    pictures: list[list[Tensor]]
-    metadata: list[dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 @dataclass(frozen=True)
@@ -140,7 +117,7 @@ class ChatDataset(Dataset[ChatBatch]):
             keys=[chat.record.key for chat, _ in own],
             sample_ids=torch.tensor([chat.record.sample_id for chat, _ in own]),
             epochs=torch.tensor([epoch for _, epoch in own]),
-            turns=[list(chat.turns) for chat, _ in own],
+            turns=[chat.turns for chat, _ in own],
             pictures=[pictures(chat.record, check) for (chat, _), check in zip(own, checked, strict=True)],
             metadata=[dict(chat.metadata) for chat, _ in own],
         )

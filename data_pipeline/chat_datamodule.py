@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from data_pipeline import chat, options
-from data_pipeline.chat import Chat, ChatBatch, ChatDataset
+from data_pipeline.chat import Chat, ChatDataset
+from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.datamodule import build_missing, scene_folder
 from data_pipeline.dataset import PlanSampler, TimedLoader, Verify, single_thread
 from data_pipeline.errors import InputError
