@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from data_pipeline import scenes
 from data_pipeline.scenes import questions
-from data_pipeline.scenes.questions import draw, in_words, random_question, written
+from data_pipeline.scenes.questions import Style, asked, draw, in_words, random_question, written
 from data_pipeline.scenes.renderer import render
 from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, random_scene
 from lightning_modules.losses.tokens import answer_nll, token_weights
@@ -36,8 +36,6 @@ from lightning_modules.networks.vision import TIMM, make_tower
 logger = logging.getLogger(__name__)
 
 POCKET = "pocket/"
-STEP_BY_STEP = " step by step."  # behind a question, asks for the steps
-DESCRIBE = "describe."
 END = {"chat": "<|im_end|>", "think": "<|end|>"}
 SPECIALS = ["<|pad|>", "<|im_start|>", *END.values(), "<|User|>", "<|Assistant|>", "<think>", "</think>"]
 # Qwen's and R1's manners: the second opens the thoughts itself and drops those of earlier turns.
@@ -117,12 +115,11 @@ def documents(rng: random.Random, level: int, count: int = 3) -> list[tuple[str,
     scene, question = draw(rng, level, "train")
     pieces = [(in_words(scene, rng) + "\n", False)]
     if rng.random() < 0.2:
-        return [*pieces, (f"{DESCRIBE}\n{in_words(scene)}", True)]
+        return [*pieces, (f"{asked(question, 'describe')}\n", False), (in_words(scene), True)]
     for number in range(count):
-        asked = question if number == 0 else random_question(rng, scene)
-        steps = rng.random() < 0.5
-        pieces.append((f"{asked.text}{STEP_BY_STEP if steps else ''}\n", False))
-        pieces.append((written(asked, "steps" if steps else "short", scene) + "\n", True))
+        question = question if number == 0 else random_question(rng, scene)
+        style: Style = rng.choice(("short", "steps"))
+        pieces += [(f"{asked(question, style)}\n", False), (written(question, style, scene) + "\n", True)]
     return pieces
 
 
@@ -131,9 +128,11 @@ def conversation(rng: random.Random, level: int, manner: str) -> list[tuple[str,
     scene, question = draw(rng, level, "train")
     if manner == "think":
         return [("user", f"{in_words(scene, rng)}\n{question.text}"), ("assistant", written(question, "chain", scene))]
-    kind = rng.choices(("short", "steps", "describe"), (6, 2, 2))[0]
-    asked = DESCRIBE if kind == "describe" else question.text + (STEP_BY_STEP if kind == "steps" else "")
-    return [("user", f"{in_words(scene, rng)}\n{asked}"), ("assistant", written(question, kind, scene))]
+    style: Style = rng.choices(("short", "steps", "describe"), (6, 2, 2))[0]
+    return [
+        ("user", f"{in_words(scene, rng)}\n{asked(question, style)}"),
+        ("assistant", written(question, style, scene)),
+    ]
 
 
 def chat_tokenizer(corpus: Sequence[str], vocab_size: int, manner: str) -> PreTrainedTokenizerFast:

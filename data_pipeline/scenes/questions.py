@@ -12,6 +12,8 @@ from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, Object, Scene, r
 
 Style = Literal["short", "chain", "steps", "describe"]
 OPPOSITE = {"left of": "right", "right of": "left", "above": "below", "below": "above"}
+# What a user asks: a description is asked for alone, steps behind a question; R1's chains are asked for by nobody.
+DESCRIBE, STEP_BY_STEP = "describe.", " step by step."
 TRIES = 24  # draws of a question before another kind is drawn
 BEST = 5  # score of a record without a flaw
 # What is wrong with a record of each score, as a judge of training data would grade it.
@@ -189,6 +191,11 @@ def draw(rng: random.Random, level: int, split: str, kinds: Sequence[str] = tupl
         scene = random_scene(rng, level, rng.randint(2, LEVELS[level].max_objects))
         if scene.split == split:
             return scene, random_question(rng, scene, kinds)
+
+
+def asked(question: Question, style: Style) -> str:
+    """What a user says to be answered in a style."""
+    return DESCRIBE if style == "describe" else question.text + (STEP_BY_STEP if style == "steps" else "")
 
 
 def boxed(answer: str) -> str:
