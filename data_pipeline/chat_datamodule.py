@@ -153,8 +153,8 @@ class ChatDataModule(L.LightningDataModule):
         """
         if self.train and state["total"] != len(self.train):
             raise InputError(
-                f"the checkpoint was trained on {state['total']} conversations, there are now {len(self.train)}; resume "
-                "with the run's own config.yaml, or start a new run"
+                f"the checkpoint was trained on {state['total']} conversations, there are now {len(self.train)}; "
+                "resume with the run's own config.yaml, or start a new run"
             )
         self._trained, self.wrong = state["trained"], state["wrong"]
 
