@@ -51,7 +51,7 @@ def test_what_was_trained_on_does_not_come_again_after_a_resume(folder: Path) ->
     data = served(folder)
     data.load_state_dict({"trained": 4, "wrong": None, "total": 44})
     assert [batch.keys for batch in data.train_dataloader()] == whole[4:]
-    with pytest.raises(InputError, match="trained on 12 conversations.*now 44"):
+    with pytest.raises(InputError, match=r"trained on 12 conversations.*now 44"):
         served(folder).load_state_dict({"trained": 4, "wrong": None, "total": 12})
 
 
