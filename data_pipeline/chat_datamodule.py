@@ -93,7 +93,7 @@ class ChatDataModule(L.LightningDataModule):
         self.train: list[Chat] = []
         self.val: list[Chat] = []
         self.wrong: list[int] | None = None  # ids that an iteration adds to its data; None before they are known
-        self._trained = 0
+        self._trained, self._total = 0, 0
 
     def prepare_data(self) -> None:
         """Builds missing shards of scenes (rank 0)."""
@@ -106,6 +106,7 @@ class ChatDataModule(L.LightningDataModule):
             folders = [*self.shards, *(str(shards.folder()) for shards in self.scenes)]
             chats = chat.load_chats(folders, self.minimum, self.equal)
             self.train, self.val = chat.parts(chats, self.val_fraction)
+            self._total = len(self.train)
             if not self.train:
                 raise InputError(f"all {len(chats)} conversations are held out; lower data.val_fraction")
 
@@ -143,10 +144,18 @@ class ChatDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches were trained on, and what an iteration added."""
-        return {"trained": self._trained, "wrong": self.wrong, "count": len(self.train)}
+        return {"trained": self._trained, "wrong": self.wrong, "total": self._total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where a checkpoint stood."""
+        """Goes on where a checkpoint stood.
+
+        Raises InputError where there are other conversations now.
+        """
+        if self.train and state["total"] != len(self.train):
+            raise InputError(
+                f"the checkpoint was trained on {state['total']} conversations, there are now {len(self.train)}; "
+                "resume with the run's own config.yaml, or start a new run"
+            )
         self._trained, self.wrong = state["trained"], state["wrong"]
 
 

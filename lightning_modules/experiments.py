@@ -73,6 +73,7 @@ class Experiment:
         columns: of the table: outcomes by title, the best of which is taken.
         seeds: of every arm.
         set: values by dotted name, in all links but those in place.
+        published: what a paper reports of an arm, by its name, for the table.
     """
 
     links: dict[str, Link]
@@ -81,6 +82,7 @@ class Experiment:
     columns: dict[str, list[str]]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     set: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.baseline not in self.arms:
@@ -275,7 +277,7 @@ def table(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> str:
     rows = compare(trials, wanted, experiment.columns, experiment.baseline)
     plain = {"baseline": experiment.baseline, "rows": [*map(record, rows)]}
     write(folder / "results.json", json.dumps(plain, indent=2) + "\n")
-    write(folder / "results.md", text := markdown(rows, experiment.baseline))
+    write(folder / "results.md", text := markdown(rows, experiment.baseline, experiment.published))
     write(folder / "gains.svg", gain_chart.draw(rows, experiment.baseline))
     return text
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning import LightningDataModule, LightningModule
 from micro import judged_shards, micro_config
+from micro_r1v import part
 
 from lightning_modules.cli import CLI
 from lightning_modules.networks import KontextTransformer
@@ -91,7 +92,10 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     data = small["data"]["init_args"]
     own = config["data"]["init_args"]
     own |= {k: data[k] for k in ("batch_size", "val_batches")}
-    if scenes := own.get("scenes"):
+    if "ChatDataModule" in config["data"]["class_path"]:
+        own["scenes"] |= {"counts": dict.fromkeys(own["scenes"]["counts"], 16), "root": str(tmp_path / "scenes")}
+        model |= {"vision": str(part("tower")), "language": str(part("reasoner")), "projector": None}
+    elif scenes := own.get("scenes"):
         for each in scenes if isinstance(scenes, list) else [scenes]:
             each |= {name: min(each[name], 32) for name in ("count_text_image", "count_edit")}
             each["root"] = str(tmp_path / "scenes")
@@ -99,7 +103,7 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
         own["shards"] = data["shards"]
     if "dimensions" in model:  # learns from scores, which plain scenes do not have
         config["data"]["init_args"]["shards"] = [str(judged_shards(tmp_path / "judged"))]
-    else:
+    elif "ShardDataModule" in config["data"]["class_path"]:
         config["data"]["init_args"]["cache"] = {"folder": str(tmp_path / "latents")}
     config["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
     config["trainer"]["callbacks"] = [

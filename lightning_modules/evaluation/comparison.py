@@ -100,20 +100,22 @@ def items(trials: Sequence[Trial], name: str) -> np.ndarray:
     return np.mean([trial.outcomes[name] for trial in trials], axis=0)
 
 
-def markdown(rows: Sequence[Row], baseline: str) -> str:
-    """The table, and how to read it."""
+def markdown(rows: Sequence[Row], baseline: str, published: Mapping[str, float] | None = None) -> str:
+    """The table, and how to read it; with a column of what was published of an arm, where anything was."""
+    paper = published or {}
     if not rows:
         return f"No run of the baseline {baseline} is finished: there is nothing to compare with.\n"
     titles = list(rows[0].figures)
     lines = [
-        "| " + " | ".join(["arm", "seeds", *titles, "evaluations", "minutes"]) + " |",
-        "|---" * (len(titles) + 4) + "|",
+        "| " + " | ".join(["arm", "seeds", *titles, *["paper"][: len(paper)], "evaluations", "minutes"]) + " |",
+        "|---" * (len(titles) + 4 + bool(paper)) + "|",
     ]
     for row in rows:
         seeds = str(row.trials) if row.trials == row.wanted else f"{row.trials} of {row.wanted}"
         cells = [cell(row.figures[title], row.arm == baseline) for title in titles]
         cost = [f"{row.evaluations / 1000:.0f}k", f"{row.seconds / 60:.1f}"]
-        lines.append("| " + " | ".join([row.arm, seeds, *cells, *cost]) + " |")
+        known = [f"{paper[row.arm]:g}" if row.arm in paper else ""][: len(paper)]
+        lines.append("| " + " | ".join([row.arm, seeds, *cells, *known, *cost]) + " |")
     return "\n".join(
         [
             *lines,
