@@ -118,6 +118,10 @@ class ReasoningGrpoModule(L.LightningModule):
         if groups % devices:
             raise InputError(f"sampling.groups {groups} must be a multiple of the {devices} devices")
 
+    def pipeline(self) -> R1VModel:
+        """The model with the live weights, which is what is exported."""
+        return self.model
+
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
