@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from micro_r1v import micro_r1v, root
 
 from data_pipeline.chat_batches import ChatBatch
-from lightning_modules.networks.r1v import R1VModel
-from lightning_modules.pocket_llm import LanguageRecipe, resolve
 from lightning_modules.reasoning_grpo import ReasoningGrpoModule
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.chain_settings import ChainSampling, WeightedText
 from lightning_modules.schedule import AdamW
 
-RECIPE = LanguageRecipe(
-    vocab_size=384,
-    width=32,
-    layers=2,
-    heads=2,
-    intermediate=48,
-    base_steps=1,
-    tuned_steps=1,
-    rows=1,
-    tower_width=16,
-    tower_depth=1,
-    tower_steps=1,
-    tower_patch=16,
-)
 SAMPLING = ChainSampling(group_size=4, groups=2, micro_answers=4, max_new_tokens=6)
 
 
 @functools.cache
 def folder() -> str:
-    """An R1V folder for the whole test session, whose language model begins its answers with "a" or "b"."""
-    root = Path(tempfile.mkdtemp(prefix="micro-r1v-"))
-    parts = [resolve(f"pocket/{name}", root, RECIPE) for name in ("tower", "reasoner")]
-    model = R1VModel.from_parts(*parts, downsample_ratio=0.5)
-    torch.manual_seed(0)
-    for p in model.language.parameters():  # barely trained, it is certain of nothing and blind
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=0.2)
-    model.save_pretrained(root / "r1v")
-    return str(root / "r1v")
+    """An R1V folder for the whole test session."""
+    target = root() / "r1v"
+    micro_r1v().save_pretrained(target)
+    return str(target)
 
 
 def asked(number: int, count: int = 2) -> ChatBatch:

@@ -59,5 +59,7 @@ if __name__ == "__main__":
     for name, judge in {"ours": lambda row: ours(verifier, row), "math-verify alone": alone}.items():
         started = time.perf_counter()
         found = counted(judge, show)
-        rates = ", ".join(f"{kind} {found[kind]} ({found[kind] / total:.1%})" for kind in ("accepted", "refused", "failed"))
+        rates = ", ".join(
+            f"{kind} {found[kind]} ({found[kind] / total:.1%})" for kind in ("accepted", "refused", "failed")
+        )
         print(f"{name}: of {total} answers wrongly {rates}; {time.perf_counter() - started:.1f} s")

@@ -100,7 +100,9 @@ def test_training_goes_on_exactly_where_it_stopped_within_an_iteration(tmp_path:
 
     def module() -> ReasoningGrpoModule:
         return grpo(
-            sampling=replace(SAMPLING, groups=4, updates=2), buffer=SampleBuffer(share=0.25), algorithm=TokenGRPO(kl=0.1)
+            sampling=replace(SAMPLING, groups=4, updates=2),
+            buffer=SampleBuffer(share=0.25),
+            algorithm=TokenGRPO(kl=0.1),
         )
 
     batches = [asked(i) for i in range(8)]

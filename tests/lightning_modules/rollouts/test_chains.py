@@ -79,9 +79,7 @@ def test_the_buffer_draws_by_the_size_of_advantages() -> None:
     buffer.keep([answer(advantage=a) for a in (1.0, -3.0, 0.0, 2.0)], update=0)
     assert [a.advantage for a in buffer.answers] == [1.0, -3.0, 2.0]
     torch.testing.assert_close(buffer.weights(), tensor([1 / 6, 1 / 2, 1 / 3], dtype=torch.float64))
-    drawn = Counter(
-        buffer.draw(1, torch.Generator().manual_seed(i))[0].advantage for i in range(600)
-    )
+    drawn = Counter(buffer.draw(1, torch.Generator().manual_seed(i))[0].advantage for i in range(600))
     for advantage, share in ((1.0, 1 / 6), (-3.0, 1 / 2), (2.0, 1 / 3)):
         assert drawn[advantage] / 600 == pytest.approx(share, abs=4 * (share * (1 - share) / 600) ** 0.5)
     assert buffer.wanted(2) == 2 and buffer.wanted(100) == 3  # as many as new ones, where there are so many
