@@ -132,8 +132,8 @@ class ReasoningGrpoModule(L.LightningModule):
         if self.idle == PATIENCE:
             raise InputError(
                 f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the "
-                "same or have no score. Look at reward/* and answers/* in TensorBoard; take easier or harder questions, or "
-                "larger groups"
+                "same or have no score. Look at reward/* and answers/* in TensorBoard; take easier or harder questions, "
+                "or larger groups"
             )
         self.waiting += found
         # All devices learn together, from equally many groups.
@@ -291,7 +291,7 @@ class ReasoningGrpoModule(L.LightningModule):
         size = self.sampling.micro_answers
         batches = [self.padded(answers[i : i + size]) for i in range(0, len(answers), size)]
         learned = sum(float(batch.mask.sum()) for batch in batches)
-        totals = Totals(self.across(learned, "mean"), len(answers))
+        totals = Totals(self.across(learned, "mean"), float(len(answers)))
         logs = []
         for batch in batches:
             new, spread = self.log_probs(batch)

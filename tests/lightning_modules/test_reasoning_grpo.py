@@ -99,11 +99,8 @@ def test_training_goes_on_exactly_where_it_stopped_within_an_iteration(tmp_path:
     """Stopped after three batches of two groups, of which an iteration takes four."""
 
     def module() -> ReasoningGrpoModule:
-        return grpo(
-            sampling=replace(SAMPLING, groups=4, updates=2),
-            buffer=SampleBuffer(share=0.25),
-            algorithm=TokenGRPO(kl=0.1),
-        )
+        sampling = replace(SAMPLING, groups=4, updates=2)
+        return grpo(sampling=sampling, buffer=SampleBuffer(share=0.25), algorithm=TokenGRPO(kl=0.1))
 
     batches = [asked(i) for i in range(8)]
     whole, part, rest = module(), module(), module()
@@ -159,8 +156,9 @@ def test_answers_that_are_cut_off_are_counted_and_not_learned_from(tmp_path: Pat
     trained(module, [asked(i) for i in range(3)], 2, tmp_path)
     assert seen["answers/cut_off"][0] > 0.5  # three tokens seldom hold the end
     assert min(seen["reward/overlong"]) < 0
-    batch = module.padded([a for a in module.sample(module.questions(asked(9)))])
-    assert all(mask.sum() == 0 for mask, a in zip(batch.mask, module.sample(module.questions(asked(9)))) if not a.ended)
+    answers = module.sample(module.questions(asked(9)))
+    learned = module.padded(answers).mask.sum(dim=1)
+    assert [bool(n) for n in learned] == [answer.ended for answer in answers]
 
 
 def test_a_context_without_room_is_refused() -> None:

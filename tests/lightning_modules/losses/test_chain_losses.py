@@ -49,8 +49,8 @@ def test_divergences_estimate_the_kullback_leibler_divergence() -> None:
 )
 def test_parts_of_a_batch_add_up(kind: str, wanted: float) -> None:
     losses, mask = tensor([[1.0, 2.0, 3.0], [10.0, math.nan, math.inf]]), tensor([[1.0, 1, 1], [1, 0, 0]])
-    whole = token_policy.aggregated(losses, mask, kind, 4, 2, 5)
-    parts = [token_policy.aggregated(losses[i : i + 1], mask[i : i + 1], kind, 4, 2, 5) for i in range(2)]
+    whole = token_policy.aggregated(losses, mask, kind, 4.0, 2.0, 5)
+    parts = [token_policy.aggregated(losses[i : i + 1], mask[i : i + 1], kind, 4.0, 2.0, 5) for i in range(2)]
     torch.testing.assert_close(whole, tensor(wanted))
     torch.testing.assert_close(sum(parts), tensor(wanted))
 

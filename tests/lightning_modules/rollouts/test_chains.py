@@ -21,9 +21,9 @@ QUESTION = Question("q", 0, 0, "how many?", tensor([7, 8, 9]), torch.zeros(2, 3,
 
 
 def answer(length: int = 2, advantage: float = 1.0, **facts: object) -> Answer:
-    tokens = torch.arange(1, length + 1)
+    tokens, question = torch.arange(1, length + 1), facts.pop("question", QUESTION)
     given = {"ended": True, "old": torch.full((length,), -1.0), "reference": torch.full((length,), -2.0), **facts}
-    return Answer(facts.pop("question", QUESTION), tokens, advantage=advantage, **given)
+    return Answer(question, tokens, advantage=advantage, **given)
 
 
 def test_answers_are_padded_on_the_right_and_questions_on_the_left() -> None:
@@ -42,11 +42,11 @@ def test_the_loss_of_a_batch_by_hand() -> None:
     """Two answers, one of an advantage of 2 whose second token's ratio exceeds the clip, one of -1."""
     batch = batched([answer(2, 2.0), answer(1, -1.0)], pad=0, longest=4, cut_off=True)
     new = tensor([[-1.0, -1.0 + math.log(1.5)], [-1.0 + math.log(0.5), 5.0]])
-    loss, metrics = TokenGRPO(clip_low=0.2, clip_high=0.28).loss(new, batch, Totals(3, 2))
+    loss, metrics = TokenGRPO(clip_low=0.2, clip_high=0.28).loss(new, batch, Totals(3.0, 2.0))
     assert loss.item() == pytest.approx((-2 * 1 - 2 * 1.28 + 0.8) / 3)
     assert metrics["clipped_high"] == pytest.approx(1 / 3) and metrics["clipped_low"] == pytest.approx(1 / 3)
     assert metrics["ratio_off"].item() == pytest.approx(0.5)
-    with_kl, metrics = TokenGRPO(kl=0.1, estimator="k1").loss(new, batch, Totals(3, 2))
+    with_kl, metrics = TokenGRPO(kl=0.1, estimator="k1").loss(new, batch, Totals(3.0, 2.0))
     away = (1 + 1 + math.log(1.5) + 1 + math.log(0.5)) / 3
     assert with_kl.item() == pytest.approx(loss.item() + 0.1 * away, rel=1e-6)
     assert metrics["kl"].item() == pytest.approx(away, rel=1e-6)
@@ -69,7 +69,7 @@ def test_mixed_preferences_follow_a_moving_average() -> None:
     algorithm = MixedPreference(weights=(1.0, 0.0, 0.0), beta=0.1, shift_decay=0.5)
     batch = batched([answer(2), answer(1)], pad=0, longest=4, cut_off=True)
     new = tensor([[-1.0, -1.0], [-3.0, 9.0]])  # log-ratios to the reference: 2 and -1
-    loss, metrics = algorithm.loss(new, batch, Totals(3, 2))
+    loss, metrics = algorithm.loss(new, batch, Totals(3.0, 2.0))
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.3)))
     assert algorithm.shift == pytest.approx(0.5 * 0.1 * 0.5) and metrics["preferred"] == 1
 
