@@ -155,7 +155,7 @@ class R1VModule(L.LightningModule):
         weights = token_weights(rows.labels, rows.attention_mask, self.normalisation)
         count = int((weights > 0).sum())
         loss = (answer_nll(logits, rows.labels) * weights).sum()
-        if self.training and self.trainer.world_size > 1 and self.normalisation == "token":
+        if self.training and torch.distributed.is_initialized() and self.normalisation == "token":
             own = torch.tensor(float(count), device=self.device)
             loss = loss * own / self.all_gather(own).mean()
         return loss, count

@@ -97,9 +97,15 @@ class R1VModel(nn.Module):
                 that are packed into a row do not see one another.
             image_features: (tiles, tokens, d) or (tokens, d), in the order of their tokens; None for words alone.
         """
+        embedded = self.embeddings(input_ids, image_features)
+        mask = attention_mask
+        if attention_mask.max() > 1:
+            mask = visible(attention_mask)
+            if self.language.config._attn_implementation == "eager":  # adds its mask, where others take a boolean one
+                mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
         return self.language(
-            inputs_embeds=self.embeddings(input_ids, image_features),
-            attention_mask=visible(attention_mask) if attention_mask.max() > 1 else attention_mask.clamp(max=1),
+            inputs_embeds=embedded,
+            attention_mask=mask,
             position_ids=positions(attention_mask),
             use_cache=False,
         ).logits
