@@ -145,7 +145,7 @@ def chat_tokenizer(corpus: Sequence[str], vocab_size: int, manner: str) -> PreTr
     backend.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=added, show_progress=False
+            vocab_size=vocab_size - 1, initial_alphabet=alphabet, special_tokens=added, show_progress=False
         ),
     )
     tokenizer = PreTrainedTokenizerFast(

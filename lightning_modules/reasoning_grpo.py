@@ -36,6 +36,7 @@ from lightning_modules.schedule import AdamW, adamw
 
 logger = logging.getLogger(__name__)
 PATIENCE = 50  # batches that teach nothing before a run is given up
+NEVER = -1e4  # a logit whose probability is 0 in every precision
 Scores = dict[str, Tensor]
 Part = Literal["projector", "language", "vision"]
 
@@ -209,13 +210,15 @@ class ReasoningGrpoModule(L.LightningModule):
         total = weighted_sum(weighed, weights)
         known = total.isfinite().all(dim=1)
         useful = known & self.advantages.useful(total.nan_to_num())
+        if self.overlong.cut_off == "mask":  # what was cut off whole would be a step without a gradient
+            useful &= torch.tensor([answer.ended for answer in answers]).view(total.shape).any(dim=1)
         advantages = self.advantages(weighed, weights)
         for i, answer in enumerate(answers):
             answer.reward, answer.advantage = total.flatten()[i].item(), advantages.flatten()[i].item()
         self.report(answers, scores, total[known], useful)
         size = self.sampling.group_size
         groups = [answers[i : i + size] for i in range(0, len(answers), size)]
-        return [group for group, teaches in zip(groups, useful.tolist(), strict=True) if teaches]
+        return [g for g, teaches in zip(groups, useful.tolist(), strict=True) if teaches and self.algorithm.choose(g)]
 
     def report(self, answers: list[Answer], scores: Scores, known: Float[Tensor, "p g"], useful: Tensor) -> None:
         """Logs rewards, lengths and verdicts."""
@@ -260,6 +263,9 @@ class ReasoningGrpoModule(L.LightningModule):
         lengths = torch.arange(width, device=ids.device) < batch.lengths[:, None]
         mask = torch.cat([prompts.mask, lengths.to(prompts.mask)], dim=1)
         logits = self.model(ids, mask, seen)[:, -width - 1 : -1]
+        # The token of a picture is never sampled, so that it has no share of the probability.
+        never = torch.tensor([self.model.image_token], device=ids.device)
+        logits = logits.index_fill(2, never, NEVER)
         return log_probs(logits, batch.tokens, self.sampling.temperature), entropy(logits.detach())
 
     def improve(self, groups: list[list[Answer]]) -> None:

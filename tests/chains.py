@@ -11,7 +11,7 @@ from micro_r1v import micro_r1v, root
 from data_pipeline.chat_batches import ChatBatch
 from lightning_modules.reasoning_grpo import ReasoningGrpoModule
 from lightning_modules.rewards.protocol import Request
-from lightning_modules.rollouts.chain_settings import ChainSampling, WeightedText
+from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong, WeightedText
 from lightning_modules.schedule import AdamW
 
 SAMPLING = ChainSampling(group_size=4, groups=2, micro_answers=4, max_new_tokens=6)
@@ -48,6 +48,7 @@ class Vowels:
 
 def grpo(reward: object = None, **changes: object) -> ReasoningGrpoModule:
     """A module with small settings."""
-    settings = {"sampling": SAMPLING, "optimizer": AdamW(lr=1e-2, warmup_steps=0, weight_decay=0.0), "steps": 10}
+    settings: dict[str, object] = {"overlong": Overlong(cut_off="learn")}  # barely trained, it never comes to an end
+    settings |= {"sampling": SAMPLING, "optimizer": AdamW(lr=1e-2, warmup_steps=0, weight_decay=0.0), "steps": 10}
     rewards = {"vowels": WeightedText(Vowels() if reward is None else reward)}
     return ReasoningGrpoModule(folder(), rewards, context=128, **{**settings, **changes})
