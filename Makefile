@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two threads unless the caller says otherwise: more than there are cores makes small models crawl.
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 
-.PHONY: fit test test-slow lint bench data pdtr metaquery picture clean
+.PHONY: fit test test-slow lint bench data pdtr metaquery r1v picture clean
 
 # Modules are compiled when they are first imported, which most of what is installed never is.
 INSTALL = $(BIN)/python -m pip install --quiet --no-compile --editable
@@ -50,6 +50,9 @@ pdtr: $(VENV)/.installed
 
 metaquery: $(VENV)/.installed
 	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/metaquery.yaml
+
+r1v: $(VENV)/.installed
+	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/r1v.yaml
 
 picture:  # the README's picture: the last grid of the last finished `make fit`
 	cp "$$(ls runs/edit/latest/samples/*.png | tail -n 1)" notebooks/edit_samples.png

@@ -18,10 +18,16 @@ from callbacks.ema import averaged
 from callbacks.sample_grid import inference
 from callbacks.stage import sharded, stage
 from callbacks.throughput import Throughput, peak_memory_bytes
-from lightning_modules.evaluation.scenes import SceneBenchmark, means, outcomes
+from lightning_modules.evaluation import questions, scenes
+from lightning_modules.evaluation.questions import QuestionBenchmark
+from lightning_modules.evaluation.scenes import SceneBenchmark
 
 SUMMARY = "summary.json"
 OUTCOMES = "outcomes.json"
+SHOWN = ("edit_success", "t2i_success", "preservation", "understanding", "right_pictures", "right_words", "right_blind")
+
+
+Benchmark = SceneBenchmark | QuestionBenchmark
 
 
 class Summary(Callback):
@@ -33,11 +39,11 @@ class Summary(Callback):
     it after Export.
 
     Args:
-        benchmark: scenes to evaluate on; None where the data has no ground truth.
+        benchmark: scenes or questions to evaluate on; None where the data has no ground truth.
         seed: the run's seed, for the record.
     """
 
-    def __init__(self, benchmark: SceneBenchmark | None = None, seed: int | None = None) -> None:
+    def __init__(self, benchmark: Benchmark | None = None, seed: int | None = None) -> None:
         self.benchmark, self.seed = benchmark, seed
         self._created = time.perf_counter()
         self._setup_seconds = 0.0
@@ -79,13 +85,27 @@ class Summary(Callback):
         text = json.dumps(summary, indent=2) + "\n"
         replace_file(folder / SUMMARY, lambda file: file.write(text.encode()))
         point_latest(folder)
-        for name in ("edit_success", "t2i_success", "preservation", "understanding", "seconds"):
+        for name in (*SHOWN, "seconds"):
             if name in summary:
                 print(f"{name} {summary[name]:.4g}")
         print(
             f"look at {folder / SUMMARY}, {folder / 'samples'} and {folder / 'export'}; "
             f"curves: tensorboard --logdir {folder}"
         )
+
+
+def outcomes(pipeline: Any, benchmark: Benchmark) -> dict[str, list[float]]:
+    """What became of each item of a benchmark."""
+    if isinstance(benchmark, QuestionBenchmark):
+        return questions.outcomes(pipeline, benchmark)
+    return scenes.outcomes(pipeline, benchmark)
+
+
+def means(found: dict[str, list[float]], benchmark: Benchmark) -> dict[str, float]:
+    """The benchmark's metrics."""
+    if isinstance(benchmark, QuestionBenchmark):
+        return questions.means(found, benchmark)
+    return scenes.means(found, benchmark)
 
 
 def throughput(trainer: Trainer) -> dict[str, Any]:

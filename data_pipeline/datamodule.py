@@ -58,20 +58,29 @@ class SceneShards:
         return Recipe(Scenes(self.level, self.count_text_image, self.count_edit, self.seed, self.tasks))
 
     def folder(self) -> Path:
-        """Where they lie: a name for each recipe, each version of the code that draws scenes, and of an index."""
-        digest = hashlib.sha256(f"{self.recipe().fingerprint}{SCHEMA}".encode())
-        for file in sorted(Path(scenes.__file__).parent.rglob("*.py")):
-            digest.update(file.read_bytes())
-        return Path(self.root) / f"level{self.level}-{digest.hexdigest()[:12]}"
+        """Where they lie."""
+        return scene_folder(Path(self.root), f"level{self.level}", self.recipe())
 
     def build(self) -> None:
         """Builds them where they are missing."""
-        folder = self.folder()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.exists():
-                logger.info("building scene shards in %s", folder)
-                self.recipe().build(folder)
+        build_missing(self.folder(), self.recipe())
+
+
+def scene_folder(root: Path, prefix: str, recipe: Recipe) -> Path:
+    """A name for each recipe, each version of the code that draws scenes, and of an index."""
+    digest = hashlib.sha256(f"{recipe.fingerprint}{SCHEMA}".encode())
+    for file in sorted(Path(scenes.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return root / f"{prefix}-{digest.hexdigest()[:12]}"
+
+
+def build_missing(folder: Path, recipe: Recipe) -> None:
+    """Builds shards where they are missing, one process for all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            logger.info("building scene shards in %s", folder)
+            recipe.build(folder)
 
 
 @dataclass

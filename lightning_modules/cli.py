@@ -20,11 +20,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks import AtomicCheckpointIO
 from callbacks.checkpoint import checkpoints
 from callbacks.nonfinite import NonFiniteError
-from callbacks.summary import SUMMARY, Summary
+from callbacks.summary import SUMMARY, Benchmark, Summary
 from data_pipeline.errors import InputError
 from lightning_modules import ahead, commands, preflight
 from lightning_modules.commands import RUNS
-from lightning_modules.evaluation.scenes import SceneBenchmark
 from lightning_modules.networks.loading import CheckpointError
 
 VERSION = "_UNIPIC_LIGHTNING_VERSION"  # in the environment, so that the processes of all ranks resume the same run
@@ -63,7 +62,7 @@ class CLI(LightningCLI):
         """Leaves the checkpoint to AtomicCheckpointIO: Lightning would read it here first, unchecked, for settings."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--benchmark", type=SceneBenchmark | None, default=None, help="scenes to evaluate on")
+        parser.add_argument("--benchmark", type=Benchmark | None, default=None, help="what to evaluate on")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("trainer.max_steps", "model.init_args.steps")

@@ -20,8 +20,11 @@ from data_pipeline.errors import InputError
 from data_pipeline.records import slug
 from data_pipeline.sources.folder import EXTENSIONS
 from data_pipeline.transforms import decode, fit_size
+from lightning_modules.evaluation import questions
+from lightning_modules.evaluation.questions import QuestionBenchmark
 from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
 from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.pipelines import KontextPipeline, MetaqueryPipeline
 from lightning_modules.pipelines.opening import open_folder
 
@@ -114,14 +117,19 @@ def run_name(config: Path) -> str:
     return str(Path(*parts[parts.index("configs") + 1 :])) if "configs" in parts else config.stem
 
 
-def load_export(arguments: argparse.Namespace) -> KontextPipeline:
-    """The pipeline of --export, or of the config's last finished run."""
-    folder = arguments.export or RUNS / run_name(arguments.config) / "latest" / "export"
+def export_folder(arguments: argparse.Namespace) -> Path:
+    """--export, or that of the config's last finished run."""
+    folder: Path = arguments.export or RUNS / run_name(arguments.config) / "latest" / "export"
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no export {folder}; train one (fit -c {arguments.config}) or give --export FOLDER"
         )
-    pipeline = open_folder(folder, arguments.vlm)
+    return folder
+
+
+def load_export(arguments: argparse.Namespace) -> KontextPipeline:
+    """The pipeline of an export."""
+    pipeline = open_folder(export_folder(arguments), arguments.vlm)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -131,10 +139,15 @@ def test(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     if settings is None:
         raise InputError(f"{arguments.config} has no benchmark; test needs one, such as benchmark: {{level: 1}}")
     try:
-        benchmark = SceneBenchmark(**settings)
+        if "questions" in settings:
+            asked = QuestionBenchmark(**settings)
+            model = R1VModel.from_folder(export_folder(arguments)).to("cuda" if torch.cuda.is_available() else "cpu")
+            metrics = questions.means(questions.outcomes(model, asked), asked)
+        else:
+            metrics = evaluate(load_export(arguments), SceneBenchmark(**settings))
     except TypeError as error:
         raise InputError(f"{arguments.config}: benchmark: {error}") from error
-    print(json.dumps(evaluate(load_export(arguments), benchmark), indent=2))
+    print(json.dumps(metrics, indent=2))
     return 0
 
 

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from data_pipeline import scenes
-from data_pipeline.scenes.questions import KINDS, Question, random_question
 from data_pipeline.scenes.renderer import render
+from data_pipeline.scenes.visual_questions import KINDS, Question, random_question
 from lightning_modules import pocket
 from lightning_modules.networks import tokenizers
 from lightning_modules.networks.tokenizers import CHAT_TOKENS, chat_tokenizer

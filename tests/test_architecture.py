@@ -38,7 +38,7 @@ APART = [
 ]
 TORCH_ONLY = ("lightning_modules.samplers", "lightning_modules.losses")
 STANDARD_ONLY = ("data_pipeline.records", "data_pipeline.errors")
-LIGHTNING_ALLOWED = ("callbacks", "data_pipeline.datamodule")
+LIGHTNING_ALLOWED = ("callbacks", "data_pipeline.datamodule", "data_pipeline.chat_datamodule")
 
 
 def name_of(path: Path) -> str:

@@ -10,11 +10,15 @@ from pathlib import Path
 import golden as files
 import lightning as L
 import pytest
+import torch
 from golden import BEGINNING, TOLERANCE, expected
 from micro import built
+from micro_r1v import part, question_shards
 from rl import made, prompts, trained
 
+from data_pipeline.chat_datamodule import ChatDataModule
 from lightning_modules.kontext import KontextModule
+from lightning_modules.reasoning import R1VModule
 from lightning_modules.rollouts.algorithms import DiffusionNFT
 from lightning_modules.rollouts.settings import Regularisation, Sampling
 from lightning_modules.schedule import AdamW
@@ -51,6 +55,26 @@ def test_reinforcement(recorded: Recorded, task: str, tmp_path: Path) -> None:
     )
     found = losses(module, task, 1, tmp_path)
     assert found == recorded(f"reinforce_{task}", found)
+
+
+def test_sight_by_a_projector(recorded: Recorded, tmp_path: Path) -> None:
+    module = R1VModule(str(part("tower")), str(part("reasoner")), context=128, max_tiles=1, optimizer=OPTIMIZER)
+    module.configure_model()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # parts are trained for a step, whose rounding is the CPU's own
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 if p.ndim > 1 else torch.ones_like(p))
+    shards = question_shards(tmp_path / "shards", flawed=0.5)
+    data = ChatDataModule([str(shards)], batch_size=2, steps=STEPS)
+    found: list[float] = []
+    module.log = lambda name, value, **_: found.append(float(value)) if name == "train/loss" else None
+    options = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = L.Trainer(
+        accelerator="cpu", max_steps=STEPS, max_epochs=-1, logger=False, default_root_dir=tmp_path,
+        limit_val_batches=0, **options,
+    )  # fmt: skip
+    run.fit(module, datamodule=data)
+    assert found == recorded("r1v_sft", found)
 
 
 def test_values_are_compared_exactly_where_release_and_cpu_match(tmp_path: Path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.scenes import benchmark, questions
+from data_pipeline.scenes import benchmark, visual_questions
 from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, satisfied
 from data_pipeline.scenes.edits import Edit, edit_success, preservation
 from data_pipeline.scenes.renderer import render
@@ -103,7 +103,7 @@ def outcomes(pipeline: KontextPipeline, settings: SceneBenchmark) -> dict[str, l
     if "understanding" in settings.tasks:
         if not hasattr(pipeline, "ask"):
             raise InputError("benchmark.tasks names understanding, and this model cannot be asked; leave it out")
-        asked = questions.benchmark(settings.level, settings.count, settings.seed)
+        asked = visual_questions.benchmark(settings.level, settings.count, settings.seed)
         found["understanding"] = score_answers(pipeline, asked, settings.batch_size)
     return found
 
@@ -114,7 +114,9 @@ def means(found: Mapping[str, Sequence[float]], settings: SceneBenchmark) -> dic
     for word, and the same for each kind."""
     captions, edits = held_out(settings)
     kinds = {"t2i_success": [c.task for c in captions], "edit_success": [e.kind for e in edits]}
-    asked = questions.benchmark(settings.level, settings.count, settings.seed) if "understanding" in found else []
+    asked = (
+        visual_questions.benchmark(settings.level, settings.count, settings.seed) if "understanding" in found else []
+    )
     kinds["understanding"] = [question.kind for question in asked]
     metrics: dict[str, float] = {}
     for name, values in found.items():

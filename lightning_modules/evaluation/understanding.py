@@ -7,8 +7,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from data_pipeline.scenes.questions import Question
 from data_pipeline.scenes.renderer import render
+from data_pipeline.scenes.visual_questions import Question
 
 TOKENS = 64  # of an answer, at most
 Pictures = Sequence[Image.Image | None]

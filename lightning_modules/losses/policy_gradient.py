@@ -37,3 +37,17 @@ def gaussian_divergence(
 def guarded_ratio(log_ratio: Samples, divergence: Samples, std: float) -> Samples:
     """exp((log r + D) s): its mean no longer drifts below 1, and its spread no longer depends on the step."""
     return torch.exp((log_ratio + divergence) * std)
+
+
+# DAPO (arXiv 2503.14476), equation 10: an upper limit of its own lets unlikely tokens grow.
+def clip_higher(
+    ratio: Float[Tensor, "b t"], advantages: Float[Tensor, "b t"], low: float, high: float
+) -> Float[Tensor, "b t"]:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)) of each token."""
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
+
+
+# Dual-clip PPO (Ye et al. 2020, arXiv 1912.09729), equation 5.
+def dual_clip(loss: Float[Tensor, "b t"], advantages: Float[Tensor, "b t"], limit: float) -> Float[Tensor, "b t"]:
+    """Where A < 0, a clipped loss is at most -A limit: a ratio that exploded pushes no further."""
+    return torch.where(advantages < 0, torch.minimum(loss, -advantages * limit), loss)

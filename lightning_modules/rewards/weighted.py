@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -27,8 +28,13 @@ class Weighted:
     tasks: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise InputError(f"the weight of a reward is {self.weight}; expected a finite number")
+        check_weight(self.weight)
+
+
+def check_weight(weight: float) -> None:
+    """Refuses what no number can be multiplied by."""
+    if not math.isfinite(weight):
+        raise InputError(f"the weight of a reward is {weight}; expected a finite number")
 
 
 def of_task(rewards: Mapping[str, Weighted], task: str) -> dict[str, Weighted]:
@@ -45,19 +51,23 @@ def score(
     rewards: Mapping[str, Weighted], pictures: Float[Tensor, "b 3 h w"], requests: Sequence[Request]
 ) -> dict[str, Float[Tensor, " b"]]:
     """Each reward's numbers by name; NaN where there is none. A failure is told apart from every number."""
-    found = {}
-    for name, each in rewards.items():
-        try:
-            values = each.reward.score(pictures, requests)
-            if len(values) != len(requests):
-                raise ValueError(f"{len(values)} scores for {len(requests)} pictures")
-        except InputError:
-            raise
-        except Exception as error:  # whatever a reward may raise, its groups are left out, and the run goes on
-            logger.warning(
-                "the reward %s failed for %d pictures: %s: %s", name, len(requests), type(error).__name__, error
-            )
-            values = [None] * len(requests)
-        numbers = [float("nan") if value is None or not math.isfinite(value) else float(value) for value in values]
-        found[name] = torch.tensor(numbers)
-    return found
+    return {
+        name: numbers(name, partial(each.reward.score, pictures, requests), len(requests))
+        for name, each in rewards.items()
+    }
+
+
+def numbers(name: str, score: Callable[[], list[float | None]], count: int) -> Float[Tensor, " b"]:
+    """What a reward said of `count` things; NaN where it said nothing, or failed."""
+    values: list[float | None]
+    try:
+        values = score()
+        if len(values) != count:
+            raise ValueError(f"{len(values)} scores for {count}")
+    except InputError:
+        raise
+    except Exception as error:  # whatever a reward may raise, its groups are left out, and the run goes on
+        logger.warning("the reward %s failed for %d: %s: %s", name, count, type(error).__name__, error)
+        values = [None] * count
+    found = [float("nan") if value is None or not math.isfinite(value) else float(value) for value in values]
+    return torch.tensor(found)

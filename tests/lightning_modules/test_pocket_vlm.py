@@ -9,7 +9,7 @@ import pytest
 import torch
 from micro import VLM_RECIPE, built_vlm
 
-from data_pipeline.scenes import questions
+from data_pipeline.scenes import visual_questions
 from lightning_modules import pocket_vlm
 from lightning_modules.evaluation.understanding import score_answers
 from lightning_modules.networks.vlm import Vlm
@@ -29,7 +29,7 @@ def test_teaching_lowers_the_loss(tmp_path: Path) -> None:
     recipe = replace(VLM_RECIPE, steps=12, batch=16)
     pocket_vlm.build_vlm(tmp_path, recipe)
     before, after = Vlm.from_pretrained(built_vlm()), Vlm.from_pretrained(tmp_path)
-    asked = questions.benchmark(1, 14, 1)
+    asked = visual_questions.benchmark(1, 14, 1)
     with torch.no_grad():
         losses = [pocket_vlm.answer_loss(v, [pocket_vlm.example(v, q) for q in asked]) for v in (before, after)]
     assert losses[1] < losses[0] - 1
@@ -38,7 +38,7 @@ def test_teaching_lowers_the_loss(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_the_loss_is_that_of_answers_alone() -> None:
     vlm = Vlm.from_pretrained(built_vlm())
-    found = [pocket_vlm.example(vlm, q) for q in questions.benchmark(1, 7, 0)]
+    found = [pocket_vlm.example(vlm, q) for q in visual_questions.benchmark(1, 7, 0)]
     singles, counts = [pocket_vlm.answer_loss(vlm, [each]) for each in found], [len(e.ids) - e.asked for e in found]
     expected = sum(loss * count for loss, count in zip(singles, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(pocket_vlm.answer_loss(vlm, found), expected)
@@ -50,7 +50,7 @@ def test_answers_are_scored_word_for_word() -> None:
             assert all((i is None) == (known[q].scene is None) for q, i in zip(question, image, strict=True))
             return [known[q].answer if known[q].kind != "count" else "many" for q in question]
 
-    asked = questions.benchmark(1, 14, 0)
+    asked = visual_questions.benchmark(1, 14, 0)
     known = {q.text: q for q in asked}
     assert score_answers(Knowing(), asked, 5) == [float(q.kind != "count") for q in asked]
 
@@ -65,6 +65,6 @@ def test_the_pocket_vlm_understands_held_out_scenes() -> None:
 
     asked = Asked()
     asked.vlm = vlm
-    scores = score_answers(asked, questions.benchmark(1, 700, 0), 100)
+    scores = score_answers(asked, visual_questions.benchmark(1, 700, 0), 100)
     print(f"understanding {sum(scores) / len(scores):.3f}")
     assert sum(scores) / len(scores) >= 0.85

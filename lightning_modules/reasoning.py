@@ -1,0 +1,259 @@
+"""R1V: sight for a reasoning language model that stays as it is, by a projector alone (arXiv 2504.05599)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+from data_pipeline.chat import Chat, in_batches
+from data_pipeline.chat_batches import ChatBatch
+from data_pipeline.errors import InputError
+from lightning_modules.evaluation.questions import answer_of
+from lightning_modules.gradients import Gradients
+from lightning_modules.losses.tokens import Normalisation, answer_nll, token_weights
+from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, packed
+from lightning_modules.networks.loading import compare_shapes
+from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.pipelines.answering import Decoding, TransformersEngine
+from lightning_modules.pocket_llm import resolve
+from lightning_modules.rewards.answers import TextReward
+from lightning_modules.rewards.protocol import Request
+from lightning_modules.schedule import AdamW, adamw
+
+logger = logging.getLogger(__name__)
+Part = Literal["projector", "language", "vision"]
+MOST_LEFT_OUT = 0.5  # share of a batch's conversations that may be left out before it is given up
+
+
+@dataclass
+class Iteration:
+    """One of R1V's iterations of stage 2: train on D_t = {score >= tau_t} united with E_{t-1}, the items that the model
+    gets wrong as it is when the run begins (section 2.2 of the paper).
+
+    Attributes:
+        verifier: what says whether an answer is right.
+        score: name of the reward model's score in the metadata.
+        threshold: tau_t.
+        max_new_tokens: of the answers that are verified.
+        samples: at a time.
+    """
+
+    verifier: TextReward
+    score: str = "score"
+    threshold: float = 2.0
+    max_new_tokens: int = 80
+    samples: int = 128
+
+
+class R1VModule(L.LightningModule):
+    """Trains the projector between a frozen vision tower and a frozen language model on conversations.
+
+    Plugging a trained projector onto another language model is a config that names both, with no step of training.
+
+    Args:
+        vision: folder of a tower, or of a whole R1V; "pocket/tower" is built here.
+        language: folder of a causal language model; "pocket/substitute", "pocket/reasoner" and "pocket/other" too.
+        projector: folder of a whole R1V, such as an earlier run's export; None draws one.
+        trained: the parts that are trained.
+        normalisation: what each learned token counts: "token", "sample" or "square" (losses/tokens.py).
+        context: tokens of a row that conversations are packed into; longer ones are left out, named and counted.
+        max_tiles: of a picture, at most.
+        iteration: train on what a score and the model's own errors choose; None trains on all.
+        optimizer: AdamW and its schedule.
+        gradient_checkpointing: recompute the language model's activations instead of keeping them.
+        steps: optimiser steps of the whole run, for the schedule.
+        seed: of a projector that is drawn.
+    """
+
+    def __init__(
+        self,
+        vision: str = "pocket/tower",
+        language: str = "pocket/substitute",
+        projector: str | None = None,
+        trained: list[Part] = ["projector"],  # noqa: B006
+        normalisation: Normalisation = "token",
+        context: int = 16384,
+        max_tiles: int = 12,
+        iteration: Iteration | None = None,
+        optimizer: AdamW = AdamW(lr=2e-4),  # noqa: B008
+        gradient_checkpointing: bool = False,
+        steps: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not trained:
+            raise InputError('trained is empty; expected some of "projector", "language", "vision"')
+        self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
+        self.folders = vision, language, projector
+        self.trained, self.normalisation, self.context, self.max_tiles = (
+            list(trained),
+            normalisation,
+            context,
+            max_tiles,
+        )
+        self.iteration, self.optimizer_settings, self.steps, self.seed = iteration, optimizer, steps, seed
+        self.gradient_checkpointing = gradient_checkpointing
+        self.model: Any = None
+        self.left_out = Counter[str]()
+
+    def configure_model(self) -> None:
+        """Plugs the parts together; called again it does nothing."""
+        if self.model is not None:
+            return
+        vision, language, projector = self.folders
+        self.model = R1VModel.from_parts(
+            resolve(vision), resolve(language), projector, self.seed, max_dynamic_patch=self.max_tiles
+        )
+        for name in ("projector", "language", "vision"):
+            getattr(self.model, name).requires_grad_(name in self.trained)
+        if self.gradient_checkpointing:
+            self.model.language.gradient_checkpointing_enable()
+        self.layout = Layout.of(self.model, self.context)
+
+    def pipeline(self) -> R1VModel:
+        """The model with the live weights, which is what is exported."""
+        return self.model
+
+    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Names and parameters that the optimiser moves."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def on_fit_start(self) -> None:
+        """Chooses an iteration's data, unless a checkpoint says what was chosen."""
+        if self.iteration is None:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.wrong is None:
+            data.wrong = self.errors(data.train)
+        data.narrow(self.iteration.score, self.iteration.threshold)
+        logger.info("%d conversations, of them %d answered wrongly before", len(data.train), len(data.wrong))
+
+    def training_step(self, batch: ChatBatch, batch_idx: int) -> Tensor:
+        rows = self.rows(batch)
+        loss, count = self.loss(rows)
+        self.log("train/loss", loss, prog_bar=True, batch_size=rows.samples)
+        self.log("train/tokens", float(count), batch_size=rows.samples)
+        return loss
+
+    def loss(self, rows: Rows) -> tuple[Float[Tensor, ""], int]:
+        """Negative log-likelihood of the answers, and how many tokens they have.
+
+        A token counts alike on all devices: each device's mean is weighed by what its share of the tokens is.
+        """
+        seen = self.model.image_features(rows.tiles) if len(rows.tiles) else None
+        logits = self.model(rows.input_ids, rows.attention_mask, seen)
+        weights = token_weights(rows.labels, rows.attention_mask, self.normalisation)
+        count = int((weights > 0).sum())
+        loss = (answer_nll(logits, rows.labels) * weights).sum()
+        if self.training and torch.distributed.is_initialized() and self.normalisation == "token":
+            own = torch.tensor(float(count), device=self.device)
+            loss = loss * own / self.all_gather(own).mean()
+        return loss, count
+
+    def rows(self, batch: ChatBatch) -> Rows:
+        """The batch packed; what cannot be laid out is left out, named and counted."""
+        samples = self.samples(batch)
+        if len(samples) < (1 - MOST_LEFT_OUT) * len(batch):
+            raise InputError(
+                f"{len(batch) - len(samples)} of {len(batch)} conversations of a batch cannot be trained on "
+                f"({dict(self.left_out)} so far); correct the data, or raise model.init_args.context"
+            )
+        return packed(samples, self.context, self.model.pad_token).to(self.device)
+
+    def samples(self, batch: ChatBatch) -> list[Sample]:
+        """Conversations laid out."""
+        found = []
+        for key, turns, pictures in zip(batch.keys, batch.turns, batch.pictures, strict=True):
+            try:
+                found.append(self.layout.sample(turns, pictures))
+            except LayoutError as error:
+                self.left_out[error.reason] += 1
+                logger.warning("%s is left out: %s", key, error)
+        if self.left_out and self.training:
+            self.log("train/left_out", float(sum(self.left_out.values())), batch_size=len(batch))
+        return found
+
+    def errors(self, chats: Sequence[Chat]) -> list[int]:
+        """E_{t-1}: ids of the conversations whose last question the model answers wrongly, found by all devices.
+
+        An answer on which the verifier fails counts as no error: it says nothing of the model.
+        """
+        assert self.iteration is not None
+        settings, rank, world = self.iteration, self.trainer.global_rank, self.trainer.world_size
+        decoding, engine, wrong = Decoding(settings.max_new_tokens, 0.0), TransformersEngine(), list[int]()
+        training = self.model.training
+        self.model.eval()
+        for batch in in_batches(chats[rank::world], settings.samples):
+            asked = [self.layout.prompt(*each) for each in zip(batch.turns, batch.pictures, strict=True)]
+            said = engine.answers(self.model, asked, 1, decoding, self.seed)
+            texts = [self.model.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) for tokens in said]
+            requests = [
+                Request(turns[-2][1], metadata=facts) for turns, facts in zip(batch.turns, batch.metadata, strict=True)
+            ]
+            scores = settings.verifier.score(texts, requests)
+            ids = batch.sample_ids.tolist()
+            wrong += [i for i, score in zip(ids, scores, strict=True) if score is not None and score < 1]
+        self.model.train(training)
+        if world > 1:
+            every: list[list[int]] = [[] for _ in range(world)]
+            torch.distributed.all_gather_object(every, wrong)
+            wrong = [i for own in every for i in own]
+        return sorted(wrong)
+
+    def validation_step(self, batch: ChatBatch, batch_idx: int) -> None:
+        rows = self.rows(batch)
+        self.log("val/loss", self.loss(rows)[0], batch_size=rows.samples, sync_dist=True)
+        told = [i for i, facts in enumerate(batch.metadata) if "answer" in facts]
+        if not told:
+            return
+        asked = [self.layout.prompt(batch.turns[i], batch.pictures[i]) for i in told]
+        said = TransformersEngine().answers(self.model, asked, 1, Decoding(min(self.context, 96), 0.0), self.seed)
+        texts = [self.model.tokenizer.decode(t.tolist(), skip_special_tokens=True) for t in said]
+        right = [answer_of(text) == str(batch.metadata[i]["answer"]) for i, text in zip(told, texts, strict=True)]
+        share = sum(right) / len(right)
+        self.log("val/accuracy", share, prog_bar=True, batch_size=len(told), sync_dist=True)
+        self.log("val/length", sum(map(len, said)) / len(said), batch_size=len(told), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        self._gradients = Gradients(p for _, p in self.trainable_parameters())
+        optimizer, rule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
+        if gradient_clip_val:
+            self._gradients.clip(gradient_clip_val)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._gradients.changed()
+
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """2-norm of all gradients since the last backward pass."""
+        return self._gradients.norm()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops frozen weights."""
+        trained = dict(self.trainable_parameters())
+        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shapes = [
+            {n: tuple(t.shape) for n, t in state.items()}
+            for state in (dict(self.trainable_parameters()), checkpoint["state_dict"])
+        ]
+        compare_shapes(Path(self.folders[1]), *shapes)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from micro_r1v import RECIPE, part, root
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_modules import pocket_llm
+from lightning_modules.pocket_llm import PARTS, conversation, documents, resolve
+
+
+def test_parts_share_a_vocabulary_and_have_manners_of_their_own() -> None:
+    base, substitute, reasoner = (AutoTokenizer.from_pretrained(part(n)) for n in ("base", "substitute", "reasoner"))
+    assert base.get_vocab() == substitute.get_vocab() == reasoner.get_vocab()
+    asked = [{"role": "user", "content": "what is top left?"}]
+    ends = [t.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) for t in (substitute, reasoner)]
+    assert ends[0].endswith("<|im_start|>assistant\n") and ends[1].endswith("<|Assistant|><think>\n")
+    text = "ein Bär 🐻 says \\boxed{2}\n"
+    assert base.decode(base(text, add_special_tokens=False)["input_ids"]) == text  # no text is unknown
+
+
+def test_a_part_is_built_once_and_after_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def make(folder: Path, parts: Path, recipe: object) -> None:
+        built.append(folder.name)
+        folder.mkdir()
+
+    monkeypatch.setattr(pocket_llm, "PARTS", {name: (needs, make) for name, (needs, _) in PARTS.items()})
+    first = resolve("pocket/reasoner", tmp_path, RECIPE)
+    assert [name.rpartition(".")[2] for name in built] == ["base", "reasoner"]
+    assert resolve("pocket/reasoner", tmp_path, RECIPE) == first and len(built) == 2
+    resolve("pocket/substitute", tmp_path, RECIPE)
+    assert built[2:] == ["substitute"]
+
+    def broken(folder: Path, parts: Path, recipe: object) -> None:
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pocket_llm, "PARTS", {"tower": ((), broken)})
+    with pytest.raises(KeyboardInterrupt):
+        resolve("pocket/tower", tmp_path, RECIPE)
+    assert sorted(p.name for p in first.parent.iterdir()) == ["base", "reasoner", "substitute"]  # no half of a part
+
+
+def test_a_path_is_a_path() -> None:
+    assert resolve("models/Qwen2.5-32B-Instruct") == Path("models/Qwen2.5-32B-Instruct")
+    assert resolve("pocket/123/vae") == Path("pocket/123/vae")
+
+
+def test_other_ancestry_is_another_start_and_tuning_stays_near_the_base() -> None:
+    base, other, reasoner = (
+        AutoModelForCausalLM.from_pretrained(part(n)).state_dict()["model.layers.0.mlp.up_proj.weight"]
+        for n in ("base", "other_base", "reasoner")
+    )
+    assert (base - other).norm() > 0.5 * base.norm()
+    assert 0 < (base - reasoner).norm() < 0.1 * base.norm()
+
+
+def test_what_models_learn_from() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        pieces = documents(rng, 1)
+        assert not pieces[0][1] and pieces[-1][1]  # the scene is given, the last answer learned
+    thought = conversation(rng, 1, "think")
+    assert thought[1][1].startswith("<think>\n") and "\\boxed{" in thought[1][1]
+    assert root().is_dir() and torch.is_grad_enabled()

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from micro_r1v import part, question_shards
+from safetensors.torch import load_file
+
+from callbacks import Export
+from data_pipeline.chat import load_chats
+from data_pipeline.chat_datamodule import ChatDataModule
+from data_pipeline.errors import InputError
+from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.reasoning import Iteration, R1VModule
+from lightning_modules.rewards.answers import Accuracy
+from lightning_modules.schedule import AdamW
+
+FAST = AdamW(lr=3e-3, warmup_steps=0, weight_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(question_shards(tmp_path_factory.mktemp("chat") / "shards", flawed=0.5))
+
+
+def module(**changes: object) -> R1VModule:
+    settings = {"vision": str(part("tower")), "language": str(part("reasoner")), "context": 256, "max_tiles": 1}
+    return R1VModule(**{**settings, "optimizer": FAST, "steps": 4, **changes})
+
+
+def data(shards: str, steps: int = 4, **changes: object) -> ChatDataModule:
+    return ChatDataModule([shards], **{"batch_size": 4, "steps": steps, "val_batches": 1, **changes})
+
+
+def trainer(root: Path, steps: int, **changes: object) -> L.Trainer:
+    options = {"accelerator": "cpu", "max_steps": steps, "max_epochs": -1, "logger": False, "default_root_dir": root}
+    options |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(**{**options, "limit_val_batches": 0, **changes})
+
+
+def test_only_the_projector_moves_and_words_are_answered_as_before(shards: str, tmp_path: Path) -> None:
+    trained = module()
+    run = trainer(tmp_path, 4, callbacks=[Export()])
+    run.fit(trained, datamodule=data(shards))
+    before = R1VModel.from_parts(part("tower"), part("reasoner"), seed=0)
+    for name in ("vision", "language"):
+        old, new = (getattr(m, name).state_dict() for m in (before, trained.model))
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    assert {n for n, _ in trained.trainable_parameters()} == {
+        f"model.projector.{n}.{k}" for n in "013" for k in ("weight", "bias")
+    }
+    assert not torch.equal(before.projector[1].weight, trained.model.projector[1].weight)
+    ids = torch.randint(20, 250, (1, 9))
+    assert torch.equal(before(ids, torch.ones_like(ids)), trained.model(ids, torch.ones_like(ids)))
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert torch.equal(exported["mlp1.1.weight"], trained.model.projector[1].weight)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert len(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == 6
+
+
+def test_a_loss_is_the_likelihood_of_the_answers_alone(shards: str) -> None:
+    own = module()
+    own.configure_model()
+    served = data(shards)
+    served.setup("fit")
+    batch = next(iter(served.train_dataloader()))
+    rows = own.rows(batch)
+    found, count = own.loss(rows)
+    logits = own.model(rows.input_ids, rows.attention_mask, own.model.image_features(rows.tiles)).log_softmax(-1)
+    nll = [
+        -logits[b, t - 1, rows.labels[b, t]]
+        for b in range(len(rows.labels))
+        for t in range(rows.labels.shape[1])
+        if rows.labels[b, t] != -100
+    ]
+    assert len(nll) == count
+    assert torch.allclose(found, torch.stack(nll).mean(), atol=1e-5)
+
+
+def test_interrupted_training_goes_on_bit_for_bit(shards: str, tmp_path: Path) -> None:
+    whole = module()
+    trainer(tmp_path, 4).fit(whole, datamodule=data(shards))
+    first = module()
+    run = trainer(tmp_path, 2)
+    run.fit(first, datamodule=data(shards))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    second = module()
+    trainer(tmp_path, 4).fit(second, datamodule=data(shards), ckpt_path=tmp_path / "half.ckpt")
+    for name, tensor in whole.model.projector.state_dict().items():
+        assert torch.equal(tensor, second.model.projector.state_dict()[name])
+
+
+def test_an_iteration_trains_on_good_records_and_on_errors_and_resumes_with_the_same(
+    shards: str, tmp_path: Path
+) -> None:
+    settings = Iteration(Accuracy(), threshold=5.0, max_new_tokens=4)
+    first, served = module(iteration=settings), data(shards)
+    run = trainer(tmp_path, 2)
+    run.fit(first, datamodule=served)
+    # Barely trained, it answers nothing rightly: all are errors.
+    assert len(served.wrong) == 44 and len(served.train) == 44
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    second, again = module(iteration=settings), data(shards)
+    second.errors = lambda chats: pytest.fail("errors were looked for anew")  # type: ignore[method-assign]
+    trainer(tmp_path, 4).fit(second, datamodule=again, ckpt_path=tmp_path / "half.ckpt")
+    assert again.wrong == served.wrong
+    right = module(iteration=settings)
+    right.errors = lambda chats: []  # type: ignore[method-assign]
+    few = data(shards)
+    trainer(tmp_path, 1).fit(right, datamodule=few)
+    assert 0 < len(few.train) < 44 and all(chat.metadata["score"] == 5 for chat in few.train)
+
+
+def test_errors_are_what_the_verifier_finds_wrong(shards: str, tmp_path: Path) -> None:
+    class Known:
+        """Right, unknown and wrong in turn."""
+
+        def score(self, texts: list, requests: list) -> list[float | None]:
+            return [(1.0, None, 0.0)[i % 3] for i in range(len(texts))]
+
+    own = module(iteration=Iteration(Known(), max_new_tokens=2, samples=9))
+    own.configure_model()
+    run = trainer(tmp_path, 1)
+    own.trainer = run
+    chats = load_chats([shards], {}, {})[:9]
+    assert own.errors(chats) == sorted(chat.record.sample_id for chat in chats[2::3])
+
+
+def test_conversations_that_do_not_fit_are_counted_and_never_trained_on(shards: str) -> None:
+    own = module(context=40)
+    own.configure_model()
+    served = data(shards, equal={"style": "chain"})
+    served.setup("fit")
+    batch = next(iter(served.train_dataloader()))
+    with pytest.raises(InputError, match=r"of 4 conversations of a batch cannot be trained on \(\{'too long'"):
+        own.rows(batch)
+    batch.pictures[0] = []
+    roomy = module(context=400)
+    roomy.configure_model()
+    assert roomy.rows(batch).samples == 3
+    assert roomy.left_out == {"missing picture": 1}
+
+
+def test_validation_answers_held_out_questions(shards: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, 1, limit_val_batches=1, val_check_interval=1, check_val_every_n_epoch=None)
+    run.fit(module(), datamodule=data(shards))
+    assert {"val/loss", "val/accuracy", "val/length"} <= set(run.callback_metrics)
+    with pytest.raises(InputError, match="trained is empty"):
+        module(trained=[])
