@@ -55,7 +55,8 @@ def test_a_config_is_headed_by_its_command(path: Path) -> None:
 def test_a_full_size_config_fits_its_devices_and_the_model(path: Path) -> None:
     config = yaml.safe_load(path.read_text())
     found = instantiated(path)
-    assert found.datamodule.steps == found.model.steps == config["trainer"]["max_steps"]
+    assert found.model.steps == config["trainer"]["max_steps"]
+    assert found.datamodule.steps == found.model.steps * config["trainer"].get("accumulate_grad_batches", 1)
     if isinstance(found.model, ReinforceModule):
         for devices in (1, config["trainer"]["devices"]):
             cost = replace(found.model.arithmetic, devices=devices, prompts=found.datamodule.batch_size)

@@ -218,11 +218,10 @@ def tiles(
 
 
 def resized(picture: UInt8[Tensor, "3 _ _"], height: int, width: int) -> Float[Tensor, "3 _ _"]:
-    """At a size, from 0 to 1, in steps of 1/255 as a picture that was stored has them."""
-    if picture.shape[1:] == (height, width):
-        return picture.float() / 255
-    found = torch.nn.functional.interpolate(picture[None].float(), (height, width), mode="bicubic", antialias=True)[0]
-    return found.round().clamp(0, 255) / 255
+    """At a size, from 0 to 1; bytes are interpolated as bytes, which is what Pillow does."""
+    if picture.shape[1:] != (height, width):
+        picture = torch.nn.functional.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
+    return picture.float() / 255
 
 
 def pack(lengths: Sequence[int], context: int) -> list[list[int]]:

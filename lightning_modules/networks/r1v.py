@@ -308,7 +308,7 @@ def add_image_tokens(tokenizer: Any, rows: int) -> None:
     The language model is frozen, so that its embedding must have spare rows, as Qwen2.5's has.
     """
     missing = [t for t in (IMAGE, IMAGE_START, IMAGE_END) if t not in tokenizer.get_vocab()]
-    if len(tokenizer) + len(missing) > rows:
+    if missing and len(tokenizer) + len(missing) > rows:
         raise CheckpointError(
             f"the tokenizer {tokenizer.name_or_path} lacks {', '.join(missing)}, and its model's embedding has {rows} "
             f"rows for {len(tokenizer)} tokens: none to spare; take a model whose embedding is padded, or enlarge it"

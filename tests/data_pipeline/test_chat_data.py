@@ -14,7 +14,7 @@ from data_pipeline.errors import InputError
 
 
 def served(folder: Path, **settings: object) -> ChatDataModule:
-    data = ChatDataModule([str(folder)], **{"batch_size": 5, "steps": 9, **settings})
+    data = ChatDataModule([str(folder)], **{"batch_size": 5, "steps": 10, **settings})
     data.prepare_data()
     data.setup("fit")
     return data
@@ -42,16 +42,16 @@ def test_words_alone_have_no_pictures(tmp_path: Path) -> None:
 def test_an_epoch_holds_every_conversation_once_and_workers_change_nothing(folder: Path) -> None:
     plain, other = (list(served(folder, num_workers=n).train_dataloader()) for n in (0, 1))
     ids = [i for batch in plain for i in batch.sample_ids.tolist()]
-    assert len(plain) == 9 and len(set(ids)) == 44 and len(ids) == 44  # 45 places, the last batch of the epoch is 4
+    assert len(ids) == 50 and len(set(ids[:46])) == 46  # the next epoch fills the last batch
     assert ids == [i for batch in other for i in batch.sample_ids.tolist()]
 
 
 def test_what_was_trained_on_does_not_come_again_after_a_resume(folder: Path) -> None:
     whole = [batch.keys for batch in served(folder).train_dataloader()]
     data = served(folder)
-    data.load_state_dict({"trained": 4, "wrong": None, "total": 44})
+    data.load_state_dict({"trained": 4, "wrong": None, "total": 46})
     assert [batch.keys for batch in data.train_dataloader()] == whole[4:]
-    with pytest.raises(InputError, match=r"trained on 12 conversations.*now 44"):
+    with pytest.raises(InputError, match=r"trained on 12 conversations.*now 46"):
         served(folder).load_state_dict({"trained": 4, "wrong": None, "total": 12})
 
 
@@ -67,7 +67,7 @@ def test_scores_and_facts_choose_what_is_trained_on(folder: Path) -> None:
 
 def test_an_iteration_takes_what_scores_enough_and_what_was_answered_wrongly(folder: Path) -> None:
     train, val = parts(load_chats([str(folder)], {}, {}), 0.02)
-    assert len(train) == 44 and len(val) == 4  # two of each style are marked as held out
+    assert len(train) == 46 and len(val) == 2  # one of each style is marked as held out
     low = [chat for chat in train if chat.metadata["score"] < 3]
     wrong = {low[0].record.sample_id}
     found = chosen(train, "score", 3, wrong)

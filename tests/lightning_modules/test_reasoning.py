@@ -100,7 +100,7 @@ def test_an_iteration_trains_on_good_records_and_on_errors_and_resumes_with_the_
     run = trainer(tmp_path, 2)
     run.fit(first, datamodule=served)
     # Barely trained, it answers nothing rightly: all are errors.
-    assert len(served.wrong) == 44 and len(served.train) == 44
+    assert len(served.wrong) == 46 and len(served.train) == 46
     run.save_checkpoint(tmp_path / "half.ckpt")
     second, again = module(iteration=settings), data(shards)
     second.errors = lambda chats: pytest.fail("errors were looked for anew")  # type: ignore[method-assign]
@@ -110,7 +110,7 @@ def test_an_iteration_trains_on_good_records_and_on_errors_and_resumes_with_the_
     right.errors = lambda chats: []  # type: ignore[method-assign]
     few = data(shards)
     trainer(tmp_path, 1).fit(right, datamodule=few)
-    assert 0 < len(few.train) < 44 and all(chat.metadata["score"] == 5 for chat in few.train)
+    assert 0 < len(few.train) < 46 and all(chat.metadata["score"] == 5 for chat in few.train)
 
 
 def test_errors_are_what_the_verifier_finds_wrong(shards: str, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_errors_are_what_the_verifier_finds_wrong(shards: str, tmp_path: Path) -
 
 
 def test_conversations_that_do_not_fit_are_counted_and_never_trained_on(shards: str) -> None:
-    own = module(context=40)
+    own = module(context=28)
     own.configure_model()
     served = data(shards, equal={"style": "chain"})
     served.setup("fit")
