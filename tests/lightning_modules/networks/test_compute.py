@@ -33,7 +33,8 @@ def inputs(transformer: KontextTransformer) -> dict[str, torch.Tensor]:
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     found = {"hidden_states": draw(2, config.in_channels, 8, 8), "timestep": torch.tensor([3.0, 700.0])}
     found |= {"encoder_hidden_states": draw(2, 5, config.joint_attention_dim)}
-    found |= {"pooled_projections": draw(2, config.pooled_projection_dim), "ref_hidden_states": draw(2, 4, 8, 8)}
+    found |= {"pooled_projections": draw(2, config.pooled_projection_dim)}
+    found |= {"ref_hidden_states": draw(2, config.in_channels, 8, 8)}
     return found
 
 
