@@ -25,7 +25,7 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute, recompute_blocks
+from lightning_modules.networks.compute import Compute, Precision, recompute_blocks
 from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
@@ -71,6 +71,7 @@ class ReinforceModule(L.LightningModule):
         max_sequence_length: T5 tokens of a prompt; None takes the folder's length.
         compile: compile the transformer's blocks, for sampling and training alike.
         recompute: keep no activations of the blocks: less memory, for another forward pass in each backward pass.
+        frozen: precision of the text encoders.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ReinforceModule(L.LightningModule):
         max_sequence_length: int | None = None,
         compile: bool = False,
         recompute: bool = False,
+        frozen: Precision = "float32",
     ) -> None:
         super().__init__()
         if regularisation.latent_kl > 0 and not isinstance(algorithm, RatioBased):
@@ -101,7 +103,7 @@ class ReinforceModule(L.LightningModule):
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
         self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
-        self.max_sequence_length, self.compute = max_sequence_length, Compute(recompute=recompute)
+        self.max_sequence_length, self.compute = max_sequence_length, Compute(frozen=frozen, recompute=recompute)
         self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
@@ -112,7 +114,8 @@ class ReinforceModule(L.LightningModule):
         """Loads the checkpoint folder; called again it does nothing."""
         if self.transformer is not None:
             return
-        self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
+        folder = checkpoint_folder(self.pretrained)
+        self._pipeline = KontextPipeline.from_pretrained(folder, text_dtype=self.compute.frozen_dtype)
         if self.max_sequence_length is not None:
             self._pipeline.limit_t5(self.max_sequence_length)
         self._encoder, self._prompts = LatentEncoder(self._pipeline.vae), PromptCache(self._pipeline)
@@ -125,8 +128,8 @@ class ReinforceModule(L.LightningModule):
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
-        if (folder := self.regularisation.reference) is not None:
-            other = load_frozen(checkpoint_folder(folder), self.transformer)
+        if (reference := self.regularisation.reference) is not None:
+            other = load_frozen(checkpoint_folder(reference), self.transformer)
             self.snapshots.put("reference", {f"transformer.{name}": p for name, p in other.named_parameters()})
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
 
