@@ -90,8 +90,8 @@ def test_float8_blocks_learn_with_names_as_they_were(transformer: KontextTransfo
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98 and not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_rank_reads_its_own_rows(rank: int, transformer: KontextTransformer) -> None:
+def test_a_rank_reads_its_own_rows(transformer: KontextTransformer) -> None:
+    rank = 3
     dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (4,))
