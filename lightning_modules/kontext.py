@@ -302,7 +302,7 @@ class KontextModule(L.LightningModule):
 
     def workload(self) -> Workload:
         """What a sample costs, for plan."""
-        return Workload(self.passes)
+        return Workload(float(self.passes))
 
     def training_flops(self, batch: ImageBatch) -> float:
         """Model FLOPs of one training step on this batch, without the frozen encoders and what is computed again."""

@@ -167,7 +167,7 @@ class ReinforceModule(L.LightningModule):
         backward = cost.branches * cost.points
         passes = cost.to_sample + cost.to_train - backward * bool(self.compute.recompute)
         together = settings.micro_groups * settings.group_size * cost.branches
-        return Workload(passes, backward, together, cost.copies, settings.groups * settings.group_size)
+        return Workload(float(passes), float(backward), together, cost.copies, settings.groups * settings.group_size)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         found = self.collect(batch)
