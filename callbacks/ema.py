@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -48,7 +48,7 @@ class EMA(Callback):
         """Updates the shadow if the optimizer has stepped since it was last updated; safe to call at any time."""
         if self._seen_step is not None and trainer.global_step > self._seen_step:
             self._seen_step = trainer.global_step
-            self._update(trainer)
+            self._update(masters(trainer))
 
     @contextmanager
     def swapped(self, pl_module: LightningModule, full_precision: bool = False) -> Iterator[None]:
@@ -66,10 +66,9 @@ class EMA(Callback):
             self._swap_out()
 
     @torch.no_grad()
-    def _update(self, trainer: Trainer) -> None:
+    def _update(self, copies: Mapping[Tensor, Tensor] | None = None) -> None:
         weight = 1.0 - self.effective_decay
-        copies = masters(trainer)
-        exact = [copies.get(p, p) for p in self._parameters]
+        exact = [(copies or {}).get(p, p) for p in self._parameters]
         pairs = [(_local(s), _local(p)) for s, p in zip(self.shadow.values(), exact, strict=True)]
         same = [(s, p) for s, p in pairs if p.dtype == torch.float32]
         if same:

@@ -194,7 +194,7 @@ class KontextModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Compiles for the shapes of each task, so that the first steps need not."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.compile_blocks and hasattr(data, "first_batches"):
+        if self.compile_blocks and self.device_mesh is None and hasattr(data, "first_batches"):
             for batch in data.first_batches():
                 logger.info("compiling the blocks for %s", batch.task)
                 self.compile_for(batch)
@@ -297,7 +297,7 @@ class KontextModule(L.LightningModule):
 
     def workload(self) -> Workload:
         """What a sample costs, for plan."""
-        return Workload(self.passes)
+        return Workload(float(self.passes))
 
     def training_flops(self, batch: ImageBatch) -> float:
         """Model FLOPs of one training step on this batch, without the frozen encoders and what is computed again."""

@@ -148,7 +148,7 @@ class Plan:
 
     def flops(self, name: str) -> float:
         """Model FLOPs of a sample: what is computed again does not count."""
-        tokens = self.samples[name].tokens(self.transformer.config.patch_size)
+        tokens = float(self.samples[name].tokens(self.transformer.config.patch_size))
         forward = forward_flops(self.transformer.config, tokens, self.text_tokens)
         return self.work.evaluations * forward
 

@@ -25,7 +25,7 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute, recompute_blocks
+from lightning_modules.networks.compute import Compute, Precision, recompute_blocks
 from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
@@ -74,6 +74,7 @@ class ReinforceModule(L.LightningModule):
         recompute: keep no activations of the blocks: less memory, for another forward pass in each backward pass.
         vlm: folder of a Metaquery model's vision-language model, where its own folder has none.
         train_connector: train a Metaquery model's connector too, behind hidden states that stay as they are.
+        frozen: precision of the text encoders, or of the vision-language model.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class ReinforceModule(L.LightningModule):
         recompute: bool = False,
         vlm: str | None = None,
         train_connector: bool = False,
+        frozen: Precision = "float32",
     ) -> None:
         super().__init__()
         if regularisation.latent_kl > 0 and not isinstance(algorithm, RatioBased):
@@ -109,7 +111,7 @@ class ReinforceModule(L.LightningModule):
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
         self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
-        self.max_sequence_length, self.compute = max_sequence_length, Compute(recompute=recompute)
+        self.max_sequence_length, self.compute = max_sequence_length, Compute(frozen=frozen, recompute=recompute)
         self.vlm, self.train_connector = vlm, train_connector
         self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
@@ -121,7 +123,7 @@ class ReinforceModule(L.LightningModule):
         """Loads the checkpoint folder; called again it does nothing."""
         if self.transformer is not None:
             return
-        self._pipeline = open_folder(checkpoint_folder(self.pretrained), self.vlm)
+        self._pipeline = open_folder(checkpoint_folder(self.pretrained), self.vlm, self.compute.frozen_dtype)
         if getattr(self._pipeline, "reference", None) == "vlm":
             raise InputError(
                 f"the transformer of {self.pretrained} sees no picture to edit, and rewards are given what it sees; "
@@ -140,8 +142,8 @@ class ReinforceModule(L.LightningModule):
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
-        if (folder := self.regularisation.reference) is not None:
-            other = load_frozen(checkpoint_folder(folder), self.transformer)
+        if (reference := self.regularisation.reference) is not None:
+            other = load_frozen(checkpoint_folder(reference), self.transformer)
             self.snapshots.put("reference", {f"transformer.{name}": p for name, p in other.named_parameters()})
         self.compile_blocks = self.compile_blocks and compile_blocks(inner)
 
@@ -179,7 +181,7 @@ class ReinforceModule(L.LightningModule):
         backward = cost.branches * cost.points
         passes = cost.to_sample + cost.to_train - backward * bool(self.compute.recompute)
         together = settings.micro_groups * settings.group_size * cost.branches
-        return Workload(passes, backward, together, cost.copies, settings.groups * settings.group_size)
+        return Workload(float(passes), float(backward), together, cost.copies, settings.groups * settings.group_size)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         found = self.collect(batch)

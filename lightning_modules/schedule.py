@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.adamw import adamw as functional_adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from data_pipeline.errors import InputError
@@ -89,7 +90,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def _step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self.state[p] or self._begin(p) for p in parameters]
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
-        torch.optim.adamw.adamw(  # type: ignore[attr-defined]
+        functional_adamw(
             [state["master"] for state in states],
             gradients,
             [state["exp_avg"] for state in states],

@@ -27,6 +27,7 @@ LAYERS = {
     "lightning_modules": 4,
     "callbacks": 4,
     "lightning_modules.commands": 5,
+    "lightning_modules.ahead": 5,
     "lightning_modules.cli": 5,
     "lightning_modules.experiments": 5,
 }

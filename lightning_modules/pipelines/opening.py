@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from lightning_modules.networks.connected import Connected
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.pipelines.kontext import KontextPipeline
@@ -12,13 +14,18 @@ from lightning_modules.pipelines.prompts import PromptCache, Prompts
 from lightning_modules.pipelines.queries import QueryCache
 
 
-def open_folder(folder: Path, vlm: str | None = None) -> KontextPipeline:
-    """The pipeline of a checkpoint folder: one with `conditioner/` is a Metaquery model, whose VLM may lie apart."""
+def open_folder(folder: Path, vlm: str | None = None, text_dtype: torch.dtype = torch.float32) -> KontextPipeline:
+    """The pipeline of a checkpoint folder: one with `conditioner/` is a Metaquery model, whose VLM may lie apart.
+
+    `text_dtype` is that of frozen text encoders, or of the VLM.
+    """
     if (folder / "conditioner").is_dir():
-        return MetaqueryPipeline.from_pretrained(folder, vlm)
+        pipeline = MetaqueryPipeline.from_pretrained(folder, vlm)
+        pipeline.vlm.to(text_dtype)
+        return pipeline
     if vlm is not None:
         raise CheckpointError(f"{folder} has no conditioner/, which would query the VLM {vlm}; leave vlm out (null)")
-    return KontextPipeline.from_pretrained(folder)
+    return KontextPipeline.from_pretrained(folder, text_dtype=text_dtype)
 
 
 def prompts_of(pipeline: KontextPipeline, root: str | None = None) -> Prompts:

@@ -37,7 +37,7 @@ def edits(module: KontextModule, count: int) -> ImageBatch:
         keys=[f"k{i}" for i in range(count)],
         sample_ids=torch.arange(count),
         epochs=torch.zeros(count, dtype=torch.int64),
-        prompts=[f"make the circle in the top left number {i}" for i in range(count)],
+        prompts=["make the circle red"] * count,
         target=torch.rand(count, 3, 64, 64, generator=generator) * 2 - 1,
         references=torch.rand(count, 1, 3, 64, 64, generator=generator) * 2 - 1,
     )

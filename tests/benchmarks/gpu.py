@@ -107,7 +107,7 @@ class Batches(IterableDataset[ImageBatch]):
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Clock(Callback):
     """Seconds of each step after the first ones, and the time of it that sampling takes."""
 
@@ -177,6 +177,7 @@ def module_of(case: Case, compiled: bool) -> Any:
         regularisation=Regularisation(old_rate=0.5),
         lora=Lora(),
         compile=compiled,
+        frozen="bfloat16" if GPU else "float32",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from callbacks import EMA
 from lightning_modules.kontext import KontextModule
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
-from lightning_modules.networks.footprint import SD35_MEDIUM, Geometry, SavedTensors, outline, saved_bytes, trained
+from lightning_modules.networks.footprint import Geometry, SavedTensors, outline, saved_bytes, trained
 from lightning_modules.planning import Machine, Plan, Run, largest_batch
 from lightning_modules.schedule import AdamW
 
 GIB = 2**30
 LORA = Lora(rank=4, alpha=8)
-LOW = Compute("bfloat16", "bfloat16")
+PLAIN, LOW = Compute(), Compute("bfloat16", "bfloat16")
 
 
 def run(module: Any, size: int = 64, trainer: dict[str, Any] | None = None, **changes: Any) -> Run:
@@ -74,17 +73,22 @@ def test_sd35_mediums_roofline() -> None:
     assert plan.assumed and plan.peak < 139 * GIB
 
 
-def test_activations_do_not_change_with_the_batch_more_than_they_must() -> None:
-    plan = full_size()
-    room = largest_batch(plan)
-    assert 8 < room["edit"] < room["text_to_image"]
-    wide = replace(plan.run, batch_size=room["edit"] + 1)
-    assert Plan(wide).peak > 139 * GIB > Plan(replace(wide, batch_size=room["edit"])).peak
+def micro(compute: Compute = PLAIN, memory: float = 139.0, **changes: Any) -> Plan:
+    """The micro model, so small that counting it takes no time."""
+    return Plan(run(KontextModule(str(built()), compute=compute), **changes), Machine(memory=memory))
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    memory = 2 * micro(batch_size=64).peak / GIB
+    room = largest_batch(micro(memory=memory))["edit"]
+    assert 64 < room < largest_batch(micro(memory=memory))["text_to_image"]
+    assert micro(batch_size=room).peak <= memory * GIB < micro(batch_size=room + 1).peak
 
 
 def test_what_is_computed_again_takes_its_time() -> None:
-    plain, again, half = (full_size(Compute("bfloat16", recompute=what)) for what in (False, True, 12))
+    plain, again, half = (micro(Compute(recompute=what)) for what in (False, True, 1))
     assert again.rate("edit") == pytest.approx(plain.rate("edit") * 3 / 4)
+    assert half.rate("edit") == pytest.approx(plain.rate("edit") * 3 / 3.5)
     assert again.flops("edit") == plain.flops("edit")
     assert again.peak < half.peak < plain.peak
 
@@ -102,7 +106,7 @@ def test_what_is_computed_again_takes_its_time() -> None:
         (Compute("bfloat16"), LORA, False),
     ],
 )
-@pytest.mark.parametrize("references", [0, 1, 2])
+@pytest.mark.parametrize("references", [0, 2])
 def test_activations_are_those_that_autograd_saves(
     compute: Compute, lora: Lora | None, autocast: bool, references: int
 ) -> None:
@@ -158,17 +162,16 @@ def test_a_run_on_more_devices_is_faster_and_sharded_states_are_smaller() -> Non
     class ShardedStrategy:
         class_path = "lightning_modules.strategies.ShardedStrategy"
 
-    one = full_size()
-    eight = Plan(replace(one.run, trainer={"devices": 8, "max_steps": 10, "strategy": ShardedStrategy()}))
+    one = micro()
+    eight = micro(trainer={"devices": 8, "max_steps": 10, "strategy": ShardedStrategy()})
     assert eight.step_samples == 8 * one.step_samples and eight.seconds == one.seconds
-    assert eight.states["optimiser"] * 8 == pytest.approx(one.states["optimiser"] - 4 * 2_243_171_520, rel=1e-3)
+    assert eight.states["optimiser"] * 8 == one.states["optimiser"]
+    assert eight.checkpoint_bytes == one.checkpoint_bytes
 
 
 def test_text_says_whether_it_fits() -> None:
-    plan = full_size()
-    assert any("fits in 139 GiB" in line for line in plan.lines())
-    small = Plan(plan.run, Machine(memory=24.0))
-    assert any("does NOT fit" in line for line in small.lines())
+    assert any("fits in 139 GiB" in line for line in micro().lines())
+    assert any("does NOT fit" in line for line in micro(memory=1e-3).lines())
 
 
 def test_eight_bit_moments_are_counted_as_torchao_makes_them() -> None:
@@ -179,7 +182,3 @@ def test_eight_bit_moments_are_counted_as_torchao_makes_them() -> None:
     optimizer.step()
     plan = Plan(run(KontextModule(str(built()), optimizer=AdamW(bits=8))))
     assert plan.optimiser_bytes < 3 * trained(plan.transformer)
-
-
-def test_the_config_is_sd35s() -> None:
-    assert outline(SD35_MEDIUM, Compute(), None).config.num_layers == 24

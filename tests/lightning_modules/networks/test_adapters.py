@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from micro import built
 from rl import prompts, trained
 
-from callbacks import EMA, Checkpoint
+from callbacks import EMA
 from lightning_modules.kontext import KontextModule
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
@@ -85,8 +85,8 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes(tmp_path: Path) -> None:
     batches = [prompts(i) for i in range(4)]
     whole, part, resumed = module(), module(), module()
     trained(whole, batches, 4, tmp_path / "whole")
-    trained(part, batches, 2, tmp_path / "part", [Checkpoint(2)])
-    path = tmp_path / "part" / "checkpoints" / "step_00000002.ckpt"
+    path = tmp_path / "part.ckpt"
+    trained(part, batches[:2], 2, tmp_path / "part").save_checkpoint(path)
     state = torch.load(path, weights_only=True)["state_dict"]
     assert all(".lora_" in name for name in state)
     trained(resumed, batches[2:], 4, tmp_path / "resumed", ckpt_path=path)

@@ -33,7 +33,8 @@ def inputs(transformer: KontextTransformer) -> dict[str, torch.Tensor]:
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     found = {"hidden_states": draw(2, config.in_channels, 8, 8), "timestep": torch.tensor([3.0, 700.0])}
     found |= {"encoder_hidden_states": draw(2, 5, config.joint_attention_dim)}
-    found |= {"pooled_projections": draw(2, config.pooled_projection_dim), "ref_hidden_states": draw(2, 4, 8, 8)}
+    found |= {"pooled_projections": draw(2, config.pooled_projection_dim)}
+    found |= {"ref_hidden_states": draw(2, config.in_channels, 8, 8)}
     return found
 
 
@@ -89,8 +90,8 @@ def test_float8_blocks_learn_with_names_as_they_were(transformer: KontextTransfo
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98 and not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_a_rank_reads_its_own_rows(rank: int, transformer: KontextTransformer) -> None:
+def test_a_rank_reads_its_own_rows(transformer: KontextTransformer) -> None:
+    rank = 3
     dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (4,))
