@@ -85,8 +85,8 @@ class Experiment:
     reported: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.reported) - set(self.arms)):
-            raise InputError(f"reported names {', '.join(unknown)}; the arms are {', '.join(self.arms)}")
+        if strangers := sorted(set(self.reported) - set(self.arms)):
+            raise InputError(f"reported names {', '.join(strangers)}; the arms are {', '.join(self.arms)}")
         if self.baseline not in self.arms:
             raise InputError(f"the baseline {self.baseline} is none of the arms {', '.join(self.arms)}")
         for arm, chain in self.arms.items():

@@ -172,12 +172,11 @@ def teach(vlm: Vlm, questions: Sequence[Question], recipe: VlmRecipe) -> None:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation: ids and the length of what is asked, and the picture's patches with their grid."""
+    """A conversation: ids, the length of what is asked, and the picture's patches with their grid."""
 
     ids: Tensor
     asked: int
-    patches: Tensor | None
-    grid: Tensor | None
+    picture: tuple[Tensor, Tensor] | None
 
 
 def example(vlm: Vlm, question: Question) -> Example:
@@ -188,14 +187,14 @@ def example(vlm: Vlm, question: Question) -> Example:
     grids = [] if picture is None else [picture[1]]
     asked = vlm.tokens(vlm.conversation(question.text, len(grids)), grids, 0)
     answer = vlm.processor.tokenizer(f"{question.answer}<|im_end|>", return_tensors="pt").input_ids[0]
-    return Example(torch.cat([asked, answer]), len(asked), *(picture or (None, None)))
+    return Example(torch.cat([asked, answer]), len(asked), picture)
 
 
 def answer_loss(vlm: Vlm, batch: Sequence[Example]) -> Tensor:
     """Cross-entropy of the answers' tokens. Padding behind a causal model's sequences changes nothing."""
     longest = max(len(each.ids) for each in batch)
     ids = torch.stack([F.pad(each.ids, (0, longest - len(each.ids))) for each in batch])
-    pictures = [(each.patches, each.grid) for each in batch if each.patches is not None]
+    pictures = [each.picture for each in batch if each.picture is not None]
     hidden = vlm.model.model(
         input_ids=ids,
         pixel_values=torch.cat([patches for patches, _ in pictures]) if pictures else None,

@@ -38,7 +38,7 @@ def connector_flops(config: Any) -> float:
     n, layers = config.num_queries, config.connector_config["num_hidden_layers"]
     encoder = layers * (n * (4 * width**2 + 2 * width * inner) + 2 * n**2 * width)
     heads = n * width * (config.fused_layers * config.llm_hidden_size + config.joint_attention_dim)
-    return 2 * (encoder + heads + width * config.pooled_projection_dim)
+    return 2.0 * (encoder + heads + width * config.pooled_projection_dim)
 
 
 def query_flops(config: Any, queries: int, prefix: float) -> float:

@@ -118,16 +118,18 @@ class Vlm(nn.Module):
             turns, chat_template=template or self.template, tokenize=False, add_generation_prompt=True
         )
 
-    def patches(self, picture: Float[Tensor, "3 h w"]) -> tuple[Tensor, Int[Tensor, " 3"]]:
-        """Patches (N, p) of a picture in [-1, 1], and their grid; any picture has at least one token."""
+    def patches(self, picture: Float[Tensor, "3 h w"], scaled: bool = True) -> tuple[Tensor, Int[Tensor, " 3"]]:
+        """Patches (N, p) of a picture in [-1, 1], and their grid; any picture has at least one token.
+
+        `scaled` brings it to 28/32 of its size, as for generation; otherwise the processor's own limits decide.
+        """
         height, width = picture.shape[-2:]
         scale = self.cell / PIXELS_A_TOKEN
         pixels = int(height * scale * width * scale)
+        size = {"size": {"shortest_edge": pixels, "longest_edge": pixels}} if scaled else {}
         levels = ((picture.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
         try:
-            found = self.processor.image_processor(
-                levels, size={"shortest_edge": pixels, "longest_edge": pixels}, return_tensors="pt"
-            )
+            found = self.processor.image_processor(levels, return_tensors="pt", **size)
         except ValueError as error:
             raise CheckpointError(f"a picture of {height} x {width} pixels does not fit the VLM: {error}") from error
         return found["pixel_values"], found["image_grid_thw"][0]
@@ -227,8 +229,8 @@ class Vlm(nn.Module):
     def answer(
         self, questions: Sequence[str], pictures: Pictures, max_new_tokens: int, temperature: float = 0.0
     ) -> list[str]:
-        """The model's own answers, with its own template; greedy at temperature 0."""
-        seen = [[self.patches(picture) for picture in own] for own in pictures]
+        """The model's own answers, with its own template and sizes of pictures; greedy at temperature 0."""
+        seen = [[self.patches(picture, scaled=False) for picture in own] for own in pictures]
         template = self.processor.chat_template
         ids = [
             self.tokens(self.conversation(question, len(own), template), [grid for _, grid in own], max_new_tokens)

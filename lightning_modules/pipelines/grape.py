@@ -51,7 +51,8 @@ def refine(
                 guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt,
                 generator=generator,
-            ).images
+                return_dict=False,
+            )[0]
             for i, picture in zip(open_ones, edits, strict=True):
                 found[i] = picture
     return found

@@ -215,8 +215,8 @@ class KontextPipeline(StableDiffusion3Pipeline):
         velocity = self._velocity(positive, negative, encoded, guidance_scale)
         sigmas = schedule(num_inference_steps, self.scheduler.config.shift, self.scheduler.config.num_train_timesteps)
         x = euler(velocity, latents.to(device), sigmas)
-        pictures = x if output_type == "latent" else to_output(decode_latents(self.vae, x), output_type)
-        return StableDiffusion3PipelineOutput(images=pictures) if return_dict else (pictures,)
+        made = x if output_type == "latent" else to_output(decode_latents(self.vae, x), output_type)
+        return StableDiffusion3PipelineOutput(images=made) if return_dict else (made,)
 
     def _embeddings(
         self,

@@ -31,6 +31,7 @@ from lightning_modules.pipelines.kontext import (
 
 SETTINGS = "metaquery.json"  # beside model_index.json; a release has none
 ROWS = 8  # conversations that the language model reads at a time
+Reference = Literal["both", "vlm", "transformer"]
 Answers = Image.Image | Sequence[Image.Image | None] | None
 
 
@@ -43,7 +44,7 @@ class Querying:
         reading: how the vision-language model is queried.
     """
 
-    reference: Literal["both", "vlm", "transformer"] = "both"
+    reference: Reference = "both"
     reading: Reading = field(default_factory=Reading)
 
 
@@ -66,7 +67,7 @@ class MetaqueryPipeline(KontextPipeline):
         vae: Any,
         conditioner: Conditioner,
         vlm: Vlm,
-        reference: str = "both",
+        reference: Reference = "both",
     ) -> None:
         nothing = dict.fromkeys(
             (f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")),
@@ -74,7 +75,7 @@ class MetaqueryPipeline(KontextPipeline):
         super().__init__(transformer=transformer, scheduler=scheduler, vae=vae, **nothing)
         check_parts(transformer, conditioner, vlm)
         self.register_modules(conditioner=conditioner, vlm=vlm)
-        self.reference = reference
+        self.reference: Reference = reference
 
     @property
     def components(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class MetaqueryPipeline(KontextPipeline):
         return {name: getattr(self, name) for name in ("transformer", "scheduler", "vae", "conditioner", "vlm")}
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: Any, vlm: str | Path | None = None, torch_dtype: torch.dtype | None = None
     ) -> MetaqueryPipeline:
         """Loads a folder with `conditioner/`, such as Skywork's release or an export.

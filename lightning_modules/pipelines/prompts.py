@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ CHUNK = 256  # prompts embedded ahead at a time
 Pictures = Sequence[Sequence[Float[Tensor, "3 _ _"]]]  # of each prompt, in [-1, 1]
 
 
+@runtime_checkable
 class Prompts(Protocol):
     """What makes conditions of prompts, and of the pictures that they speak of."""
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from micro import micro_folder, micro_shards
+from micro import micro_folder, micro_metaquery, micro_shards
 
 from data_pipeline.cache import FeatureStore
 from data_pipeline.datamodule import Cache, ShardDataModule
 from data_pipeline.dataset import Augmentation
+from lightning_modules.connector import ConnectorModule
 from lightning_modules.kontext import KontextModule
 from lightning_modules.pipelines import encoders
 
@@ -33,7 +34,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def losses(built: tuple[str, str], work: Path, cache: Cache | None, workers: int = 0, **options) -> Losses:
-    module = KontextModule(built[0], steps=8, max_sequence_length=8, text_cache=cache and cache.folder)
+    module = options.pop("module", None)
+    module = module or KontextModule(built[0], steps=8, max_sequence_length=8, text_cache=cache and cache.folder)
     precision = options.pop("precision", "32-true")
     data = ShardDataModule(
         [built[1]], batch_size=3, size_multiple=16, steps=8, cache=cache, num_workers=workers,
@@ -94,3 +96,15 @@ def test_weights_are_hashed_only_for_a_cache(built: tuple[str, str], monkeypatch
     module.configure_model()
     with pytest.raises(pytest.fail.Exception, match="hashed"):
         assert module.latent_encoder().fingerprint
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:3])
+def test_a_vlm_reads_the_same_pixels_beside_cached_moments(
+    built: tuple[str, str], tmp_path: Path, options: dict
+) -> None:
+    folder, found = str(micro_metaquery(tmp_path / "metaquery")), []
+    caches = (None, Cache(str(tmp_path / "ahead")), Cache(str(tmp_path / "ahead")))
+    for features, cache in zip((None, str(tmp_path / "features"), str(tmp_path / "features")), caches, strict=True):
+        module = ConnectorModule(folder, train=["connector", "transformer"], steps=8, feature_cache=features)
+        found.append(losses(built, tmp_path, cache, module=module, reference_pixels=True, **options))
+    assert found[0].found == found[1].found == found[2].found and all(found[1].encoded) and not any(found[0].encoded)

@@ -160,3 +160,9 @@ def test_a_vlm_without_weights_or_template_is_named(tmp_path: Path) -> None:
     (tmp_path / "vlm" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no \*.safetensors"):
         Vlm.from_pretrained(tmp_path / "vlm")
+
+
+def test_answers_are_of_pictures_at_the_processors_own_size() -> None:
+    vlm = opened()
+    assert vlm.patches(picture(512, 512), scaled=False)[1].tolist() == [1, 36, 36]
+    assert vlm.patches(picture(64, 64), scaled=False)[1].tolist() == vlm.patches(picture(64, 64))[1].tolist()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from PIL import Image
 
 from lightning_modules.pipelines.grape import refine
@@ -20,9 +18,9 @@ class Painter:
         wanted = [int(question.split()[-1].rstrip("?")) for question in questions]
         return ["Nothing." if v >= w else f"add {w}" for v, w in zip(self.asked[-1], wanted, strict=True)]
 
-    def __call__(self, prompts: list[str], image: list[Image.Image], **sampling: object) -> SimpleNamespace:
+    def __call__(self, prompts: list[str], image: list[Image.Image], **sampling: object) -> tuple[list[Image.Image]]:
         assert all(prompt.startswith("add") for prompt in prompts) and sampling["guidance_scale"] == 2.0
-        return SimpleNamespace(images=[one.point(lambda v: v + 1) for one in image])
+        return ([one.point(lambda v: v + 1) for one in image],)
 
 
 def test_pictures_are_edited_until_nothing_is_to_change() -> None:
