@@ -167,6 +167,11 @@ class R1VModel(nn.Module):
         for name in ("vision_config", "llm_config", "downsample_ratio"):
             if name not in config:
                 raise CheckpointError(f"{folder / 'config.json'} has no {name}; expected R1V's released layout")
+        for name, known in (("select_layer", -1), ("ps_version", "v2")):
+            if config.get(name, known) != known:
+                raise CheckpointError(
+                    f"{folder / 'config.json'} has {name} {config[name]!r}; R1V's models have {known!r}"
+                )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with no_init_weights():
             vision, language = make_tower(config["vision_config"]), make_language(config["llm_config"], dtype)
