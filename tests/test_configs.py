@@ -16,9 +16,11 @@ from micro import judged_shards, micro_config
 from micro_r1v import part
 
 from lightning_modules.cli import CLI
+from lightning_modules.experiments import effective, read
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import add_lora
 from lightning_modules.reinforce import ReinforceModule
+from lightning_modules.rewards.answers import Accuracy
 from lightning_modules.rollouts.arithmetic import Arithmetic
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +64,23 @@ def test_a_full_size_config_fits_its_devices_and_the_model(path: Path) -> None:
         trained = {name for name, p in transformer.named_parameters() if p.requires_grad}
         # Two matrices for each of eight projections; the last block has none for the text's output.
         assert len(trained) == 2 * (24 * 8 - 1)
+
+
+def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
+    experiment = read(ROOT / "configs" / "experiments" / "r1v.yaml")
+    found = {}
+    for name in ("third_pass", "reassembled", "iteration_3", "other_third_pass", "direct"):
+        link = experiment.links[name]
+        content = effective(experiment.set, replace(link, config=ROOT / link.config), 3, {})
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        found[name] = instantiated(path)
+    iteration = found["iteration_3"].model.iteration
+    assert iteration.threshold == 4.0 and isinstance(iteration.verifier, Accuracy)
+    assert found["third_pass"].datamodule.minimum == {"score": 4}
+    assert found["third_pass"].model.optimizer_settings.lr == pytest.approx(4e-4)
+    assert found["reassembled"].model.iteration is None
+    assert found["other_third_pass"].model.folders == ("pocket/tower", "pocket/other", None)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.parent.name)
