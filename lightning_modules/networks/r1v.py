@@ -70,8 +70,9 @@ class R1VModel(nn.Module):
         grid = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = self.vision(pixel_values)
-        return self.projector(pixel_unshuffle(patches, grid, self.factor))
+            patches = self.vision(pixel_values.to(next(self.vision.parameters()).dtype))
+        tokens = pixel_unshuffle(patches, grid, self.factor)
+        return self.projector(tokens.to(next(self.projector.parameters()).dtype))
 
     def embeddings(self, input_ids: Int[Tensor, "b l"], image_features: Tensor | None) -> Float[Tensor, "b l d"]:
         """Those of the tokens; image features take the places of the picture's tokens, in order."""
