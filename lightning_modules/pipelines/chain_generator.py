@@ -67,16 +67,16 @@ class ChainGenerator:
     def _layout(self) -> Layout:
         return Layout.of(self._model, self.context - self.decoding.max_new_tokens)
 
-    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated | str]:
+    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated]:
         """An answer to each record, or why it cannot be asked."""
-        found: dict[int, Generated | str] = {}
+        found: dict[int, Generated] = {}
         groups: dict[int, list[tuple[int, Sample]]] = {}
         for i, (record, penalty) in enumerate(zip(records, penalties, strict=True)):
             try:
                 level = round(penalty * self.decoding.repetition_penalty / self.penalty_step)
                 groups.setdefault(level, []).append((i, self._asked(record)))
             except LayoutError as error:
-                found[i] = str(error)
+                found[i] = Generated(refused=str(error))
         for level, members in groups.items():
             for start in range(0, len(members), self.samples):
                 part = members[start : start + self.samples]

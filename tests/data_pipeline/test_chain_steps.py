@@ -52,7 +52,7 @@ class Echo:
     fingerprint: str = "echo"
     penalties: list[float] = field(default_factory=list)
 
-    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated | str]:
+    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated]:
         self.penalties += penalties
         return [Generated(self.said, 9, self.ended) for _ in records]
 
