@@ -71,9 +71,8 @@ class VlmChainScores:
     @property
     def revision(self) -> str:
         """A short hash of what decides the answers besides the model."""
-        return hashlib.sha256(json.dumps([QUESTION, CRITERIA, self.endpoint.max_tokens, SEED]).encode()).hexdigest()[
-            :12
-        ]
+        decides = json.dumps([QUESTION, CRITERIA, self.endpoint.max_tokens, SEED])
+        return hashlib.sha256(decides.encode()).hexdigest()[:12]
 
     def columns(self) -> list[pa.Field]:
         """Names and types."""

@@ -16,7 +16,7 @@ from data_pipeline.steps.distill_chains import Generated
 from data_pipeline.steps.pixels import pixels
 from lightning_modules.networks.layout import Layout, LayoutError, Sample
 from lightning_modules.networks.r1v import R1VModel
-from lightning_modules.pipelines.answering import Decoding, Engine, TransformersEngine
+from lightning_modules.pipelines.answering import Decoding, TransformersEngine
 from lightning_modules.pipelines.scorers import folder_fingerprint
 
 
@@ -30,7 +30,6 @@ class ChainGenerator:
         pretrained: folder in R1V's layout, such as a run's export.
         decoding: how answers are sampled; each record's penalty is multiplied onto its `repetition_penalty`.
         context: tokens of a question and its answer, at most; a longer question cannot be asked.
-        engine: what samples.
         penalty_step: how finely penalties differ.
         samples: at a time.
         seed: of the draws.
@@ -40,7 +39,6 @@ class ChainGenerator:
     pretrained: str = ""
     decoding: Decoding = field(default_factory=Decoding)
     context: int = 16384
-    engine: Engine = field(default_factory=TransformersEngine)
     penalty_step: float = 0.05
     samples: int = 64
     seed: int = 0
@@ -96,7 +94,7 @@ class ChainGenerator:
         tokenizer, d = self._model.tokenizer, self.decoding
         decoding = Decoding(d.max_new_tokens, d.temperature, d.top_p, penalty)
         found = []
-        for tokens in self.engine.answers(self._model, samples, 1, decoding, seed):
+        for tokens in TransformersEngine().answers(self._model, samples, 1, decoding, seed):
             ended = bool(len(tokens)) and int(tokens[-1]) == tokenizer.eos_token_id
             text = tokenizer.decode(tokens[:-1].tolist() if ended else tokens.tolist(), skip_special_tokens=False)
             found.append(Generated(str(text), len(tokens), ended))
