@@ -145,7 +145,7 @@ def chat_tokenizer(corpus: Sequence[str], vocab_size: int, manner: str) -> PreTr
     backend.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
-            vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=added, show_progress=False
+            vocab_size=vocab_size - 1, initial_alphabet=alphabet, special_tokens=added, show_progress=False
         ),
     )
     tokenizer = PreTrainedTokenizerFast(
@@ -287,12 +287,7 @@ def build_tower(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
         "image_size": resolution,
         "patch_size": recipe.tower_patch,
         "hidden_size": recipe.tower_width,
-        "arguments": {
-            "embed_dim": recipe.tower_width,
-            "depth": recipe.tower_depth,
-            "num_heads": 4,
-            "class_token": False,
-        },
+        "arguments": {"embed_dim": recipe.tower_width, "depth": recipe.tower_depth, "num_heads": 4, "class_token": False},
     }
     tower = make_tower(config)
     grid, patches = LEVELS[recipe.level].grid, resolution // recipe.tower_patch

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.chains import split
+from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
 from lightning_modules.gradients import Gradients
@@ -24,11 +24,11 @@ from lightning_modules.networks.layout import Layout, LayoutError, Sample
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.networks.snapshots import Snapshots
-from lightning_modules.pipelines.answering import Decoding, Engine, TransformersEngine
+from lightning_modules.pipelines.answering import Decoding, Engine
 from lightning_modules.pocket_llm import resolve
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
-from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, TokenGRPO, Totals
+from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, Totals
 from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong, WeightedText, reasons, scored
 from lightning_modules.rollouts.chains import Answer, Batch, Question, batched
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
@@ -36,6 +36,7 @@ from lightning_modules.schedule import AdamW, adamw
 
 logger = logging.getLogger(__name__)
 PATIENCE = 50  # batches that teach nothing before a run is given up
+NEVER = -1e4  # a logit whose probability is 0 in every precision
 Scores = dict[str, Tensor]
 Part = Literal["projector", "language", "vision"]
 
@@ -50,11 +51,11 @@ class ReasoningGrpoModule(L.LightningModule):
         pretrained: folder in R1V's layout, such as the export of an earlier run.
         rewards: what answers are worth, by name.
         algorithm: a class of lightning_modules.rollouts.chain_algorithms, or of one's own.
+        engine: what samples, lightning_modules.pipelines.answering.TransformersEngine or VllmEngine.
         advantages: how rewards become advantages, as for pictures.
         sampling: how many answers, and how they are sampled.
         overlong: what becomes of answers that are cut off.
         buffer: R1V2's Selective Sample Buffer; None learns from new answers alone.
-        engine: what samples.
         train: the parts that are trained.
         optimizer: AdamW and its schedule.
         max_grad_norm: the norm that gradients are clipped to.
@@ -67,12 +68,12 @@ class ReasoningGrpoModule(L.LightningModule):
         self,
         pretrained: str,
         rewards: dict[str, WeightedText],
-        algorithm: ChainAlgorithm = TokenGRPO(),  # noqa: B008
+        algorithm: ChainAlgorithm,
+        engine: Engine,
         advantages: Advantages = Advantages(),  # noqa: B008
         sampling: ChainSampling = ChainSampling(),  # noqa: B008
         overlong: Overlong = Overlong(),  # noqa: B008
         buffer: SampleBuffer | None = None,
-        engine: Engine = TransformersEngine(),  # noqa: B008
         train: list[Part] = ["projector"],  # noqa: B006
         optimizer: AdamW = AdamW(lr=1e-6),  # noqa: B008
         max_grad_norm: float = 1.0,
@@ -118,6 +119,10 @@ class ReasoningGrpoModule(L.LightningModule):
         if groups % devices:
             raise InputError(f"sampling.groups {groups} must be a multiple of the {devices} devices")
 
+    def pipeline(self) -> R1VModel:
+        """The model with the live weights, which is what is exported."""
+        return self.model
+
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
@@ -127,9 +132,9 @@ class ReasoningGrpoModule(L.LightningModule):
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
-                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the same "
-                "or have no score. Look at reward/* and answers/* in TensorBoard; take easier or harder questions, or "
-                "larger groups"
+                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the same, "
+                "have no score or were cut off. Look at reward/* and answers/* in TensorBoard; take easier or harder "
+                "questions, larger groups, or more max_new_tokens"
             )
         self.waiting += found
         # All devices learn together, from equally many groups.
@@ -158,7 +163,7 @@ class ReasoningGrpoModule(L.LightningModule):
 
     @torch.no_grad()
     def collect(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """Samples a group of answers to each question, has them scored meanwhile, and keeps those that teach something."""
+        """Samples a group of answers to each question, has them scored meanwhile, and keeps what teaches something."""
         size, per = self.sampling.group_size, max(1, self.sampling.micro_answers // self.sampling.group_size)
         pending: list[tuple[list[Answer], Future[Scores]]] = []
         with ThreadPoolExecutor(1) as pool:
@@ -205,13 +210,15 @@ class ReasoningGrpoModule(L.LightningModule):
         total = weighted_sum(weighed, weights)
         known = total.isfinite().all(dim=1)
         useful = known & self.advantages.useful(total.nan_to_num())
+        if self.overlong.cut_off == "mask":  # what was cut off whole would be a step without a gradient
+            useful &= torch.tensor([answer.ended for answer in answers]).view(total.shape).any(dim=1)
         advantages = self.advantages(weighed, weights)
         for i, answer in enumerate(answers):
             answer.reward, answer.advantage = total.flatten()[i].item(), advantages.flatten()[i].item()
         self.report(answers, scores, total[known], useful)
         size = self.sampling.group_size
         groups = [answers[i : i + size] for i in range(0, len(answers), size)]
-        return [group for group, teaches in zip(groups, useful.tolist(), strict=True) if teaches]
+        return [g for g, teaches in zip(groups, useful.tolist(), strict=True) if teaches and self.algorithm.choose(g)]
 
     def report(self, answers: list[Answer], scores: Scores, known: Float[Tensor, "p g"], useful: Tensor) -> None:
         """Logs rewards, lengths and verdicts."""
@@ -256,6 +263,9 @@ class ReasoningGrpoModule(L.LightningModule):
         lengths = torch.arange(width, device=ids.device) < batch.lengths[:, None]
         mask = torch.cat([prompts.mask, lengths.to(prompts.mask)], dim=1)
         logits = self.model(ids, mask, seen)[:, -width - 1 : -1]
+        # The token of a picture is never sampled, so that it has no share of the probability.
+        never = torch.tensor([self.model.image_token], device=ids.device)
+        logits = logits.index_fill(2, never, NEVER)
         return log_probs(logits, batch.tokens, self.sampling.temperature), entropy(logits.detach())
 
     def improve(self, groups: list[list[Answer]]) -> None:
@@ -287,7 +297,7 @@ class ReasoningGrpoModule(L.LightningModule):
         size = self.sampling.micro_answers
         batches = [self.padded(answers[i : i + size]) for i in range(0, len(answers), size)]
         learned = sum(float(batch.mask.sum()) for batch in batches)
-        totals = Totals(self.across(learned, "mean"), len(answers))
+        totals = Totals(self.across(learned, "mean"), float(len(answers)))
         logs = []
         for batch in batches:
             new, spread = self.log_probs(batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from chains import folder as grpo_folder
 from lightning import LightningDataModule, LightningModule
 from micro import judged_shards, micro_config
 from micro_r1v import part
@@ -105,7 +106,11 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     model |= {name: value for name, value in changes.items() if name in model}
     for teacher in model.get("teachers", {}).values():
         teacher["folder"] = changes["pretrained"]
-    if "rewards" in config["model"]["init_args"]:  # an untrained policy draws no scenes: all would be worth nothing
+    if "ReasoningGrpoModule" in config["model"]["class_path"]:  # a barely trained policy answers nothing rightly
+        model["pretrained"] = grpo_folder()
+        model["rewards"] = {"vowels": {"reward": {"class_path": "chains.Vowels"}}}
+        model["sampling"] |= {"group_size": 2, "groups": 2, "micro_answers": 2, "max_new_tokens": 4}
+    elif "rewards" in config["model"]["init_args"]:  # an untrained policy draws no scenes: all would be worth nothing
         config["model"]["init_args"]["rewards"] = {"bright": {"reward": {"class_path": "micro.Brightness"}}}
         config["model"]["init_args"]["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 2}
         config["model"]["init_args"]["advantages"] = {"kind": "group"}
@@ -114,7 +119,8 @@ def test_a_config_takes_two_steps(path: Path, tmp_path: Path) -> None:
     own |= {k: data[k] for k in ("batch_size", "val_batches")}
     if "ChatDataModule" in config["data"]["class_path"]:
         own["scenes"] |= {"counts": dict.fromkeys(own["scenes"]["counts"], 16), "root": str(tmp_path / "scenes")}
-        model |= {"vision": str(part("tower")), "language": str(part("reasoner")), "projector": None}
+        parts = {"vision": str(part("tower")), "language": str(part("reasoner")), "projector": None}
+        model |= {name: value for name, value in parts.items() if name in model}
     elif scenes := own.get("scenes"):
         for each in scenes if isinstance(scenes, list) else [scenes]:
             each |= {name: min(each[name], 32) for name in ("count_text_image", "count_edit")}

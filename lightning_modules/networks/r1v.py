@@ -143,6 +143,7 @@ class R1VModel(nn.Module):
             repetition_penalty=repetition_penalty,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad_token,
+            suppress_tokens=[self.image_token],  # which stands for a picture, and never for an answer
             cache_implementation="static",
             disable_compile=True,
         )

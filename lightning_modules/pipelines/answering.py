@@ -128,6 +128,7 @@ class VllmEngine:
             top_p=decoding.top_p,
             repetition_penalty=decoding.repetition_penalty,
             seed=seed,
+            logit_bias={model.image_token: -100.0},
         )
         found = engine.generate([{"prompt_embeds": each.cpu()} for each in embedded], settings)
         return [torch.tensor(output.token_ids, device=device) for request in found for output in request.outputs]

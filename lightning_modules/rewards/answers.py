@@ -166,11 +166,7 @@ class Format:
     def well_formed(self, text: str) -> bool:
         """Templates may have written the opening mark, so it may be missing, but not come twice."""
         chain = split(text)
-        once = (
-            text.count(CLOSE) == 1
-            and text.count(OPEN) <= 1
-            and not text.partition(OPEN)[0].strip(" \n") * (OPEN in text)
-        )
+        once = text.count(CLOSE) == 1 and text.count(OPEN) <= text.lstrip().startswith(OPEN)
         return once and bool(chain.thought.strip()) and bool(boxes(chain.said) if self.boxed else chain.said.strip())
 
 

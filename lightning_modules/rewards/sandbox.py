@@ -87,7 +87,7 @@ class Sandbox:
         atexit.register(self.close)
 
     def compare(self, truth: str, said: str) -> str:
-        """ "right", "wrong", or the name of a failure: "timeout", "memory", "too_deep", "crash", "unparsed", "truth"."""
+        """right, wrong, or the name of a failure: timeout, memory, too_deep, crash, unparsed (the answer), truth."""
         key = (truth, said)
         with self._lock:
             if key in self._known:

@@ -110,12 +110,14 @@ class MixedPreference:
         beta: of the implicit reward, beta times the log-ratio to the reference.
         margin: of a pair's rewards, at the least.
         shift_decay: of BCO's moving average of implicit rewards.
+        cut_off: whether answers that were cut off may be of a pair.
     """
 
     weights: tuple[float, float, float] = (0.8, 0.2, 1.0)
     beta: float = 0.1
     margin: float = 0.0
     shift_decay: float = 0.9
+    cut_off: bool = False
     shift: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +132,7 @@ class MixedPreference:
     def choose(self, group: list[Answer]) -> list[Answer]:
         """The best and the worst answer that came to an end, in this order; the first of equals. None where they are
         too near."""
-        ended = [answer for answer in group if answer.ended]
+        ended = [answer for answer in group if answer.ended or self.cut_off]
         if not ended:
             return []
         best, worst = (pick(ended, key=lambda answer: answer.reward) for pick in (max, min))

@@ -1,4 +1,4 @@
-"""R1V2's Selective Sample Buffer (arXiv 2504.16656, section 3.3): answers that still teach something, kept for later."""
+"""R1V2's Selective Sample Buffer (arXiv 2504.16656): answers that still teach something, kept for later."""
 
 from __future__ import annotations
 

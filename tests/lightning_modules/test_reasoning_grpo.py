@@ -1,0 +1,168 @@
+"""Reinforcement of answers on a micro R1V: what it samples, keeps, learns from, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from chains import SAMPLING, Vowels, asked, grpo
+from rl import trained
+
+from data_pipeline.errors import InputError
+from lightning_modules.reasoning_grpo import PATIENCE, ReasoningGrpoModule
+from lightning_modules.rewards.protocol import Request
+from lightning_modules.rollouts.chain_algorithms import MixedPreference, TokenGRPO
+from lightning_modules.rollouts.chain_settings import Overlong
+from lightning_modules.rollouts.sample_buffer import SampleBuffer
+
+TOLERANCE = 1e-5  # of the first ratio: the answers are padded with others when they are sampled than when learned from
+
+
+def watched(module: ReasoningGrpoModule) -> dict[str, list[float]]:
+    """What is logged."""
+    seen: dict[str, list[float]] = {}
+    module.log = lambda name, value, **_: seen.setdefault(name, []).append(float(value))
+    return seen
+
+
+class SaveAfter(L.Callback):
+    """Saves a checkpoint after so many batches, wherever the updates are."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        self.batches -= 1
+        if not self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def test_the_first_ratio_is_one_and_moves_with_further_updates(tmp_path: Path) -> None:
+    module = grpo(sampling=replace(SAMPLING, groups=4, updates=2))
+    seen = watched(module)
+    trained(module, [asked(i) for i in range(4)], 4, tmp_path)
+    assert len(seen["train/ratio_off"]) == 4
+    first, second = seen["train/ratio_off"][0::2], seen["train/ratio_off"][1::2]
+    assert max(first) < TOLERANCE
+    assert min(second) > 10 * TOLERANCE
+    assert seen["train/age"] == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_only_the_projector_learns(tmp_path: Path) -> None:
+    module = grpo()
+    module.configure_model()
+    before = {name: p.clone() for name, p in module.model.named_parameters()}
+    trained(module, [asked(i) for i in range(3)], 3, tmp_path)
+    for name, p in module.model.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("projector"), name
+
+
+def test_learning_raises_the_reward(tmp_path: Path) -> None:
+    """All parts: what the projector of a barely trained model can change is little."""
+    sampling = replace(SAMPLING, group_size=8, micro_answers=8)
+    module = grpo(sampling=sampling, steps=40, train=["projector", "language"])
+    seen = watched(module)
+    trained(module, [asked(i) for i in range(40)], 40, tmp_path)
+    first, last = torch.tensor(seen["reward/vowels"][:12]), torch.tensor(seen["reward/vowels"][-12:])
+    assert last.mean() > first.mean() + 2 * (first.std() + last.std()) / 12**0.5
+
+
+@pytest.mark.parametrize("algorithm", [TokenGRPO(kl=0.1), MixedPreference(cut_off=True)], ids=lambda a: type(a).__name__)
+def test_the_reference_is_what_training_began_with(algorithm, tmp_path: Path) -> None:
+    module = grpo(algorithm=algorithm)
+    seen = watched(module)
+    trained(module, [asked(i) for i in range(3)], 3, tmp_path)
+    if isinstance(algorithm, TokenGRPO):
+        assert abs(seen["train/kl"][0]) < TOLERANCE < seen["train/kl"][-1]
+    else:
+        assert seen["train/dpo"][0] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_the_buffer_fills_updates_up(tmp_path: Path) -> None:
+    module = grpo(buffer=SampleBuffer(share=0.5, max_age=4))
+    seen = watched(module)
+    trained(module, [asked(i) for i in range(4)], 4, tmp_path)
+    assert seen["train/age"][0] == 0 and min(seen["train/age"][1:]) > 0
+    assert seen["train/ratio_off"][0] < TOLERANCE < min(seen["train/ratio_off"][1:])
+
+
+def test_pairs_and_a_buffer_of_single_answers_do_not_go_together() -> None:
+    with pytest.raises(InputError, match="pairs"):
+        grpo(algorithm=MixedPreference(), buffer=SampleBuffer())
+
+
+def test_training_goes_on_exactly_where_it_stopped_within_an_iteration(tmp_path: Path) -> None:
+    """Stopped after three batches of two groups, of which an iteration takes four."""
+
+    def module() -> ReasoningGrpoModule:
+        sampling = replace(SAMPLING, groups=4, updates=2)
+        return grpo(sampling=sampling, buffer=SampleBuffer(share=0.25), algorithm=TokenGRPO(kl=0.1))
+
+    batches = [asked(i) for i in range(8)]
+    whole, part, rest = module(), module(), module()
+    trained(whole, batches, 8, tmp_path)
+    trained(part, batches[:3], 4, tmp_path, [SaveAfter(3, tmp_path / "stop.ckpt")])
+    saved = torch.load(tmp_path / "stop.ckpt", weights_only=False)["grpo"]
+    assert len(saved["waiting"]) == 2 and saved["buffer"] and saved["counts"] == (2, 24, 0)
+    trained(rest, batches[3:], 8, tmp_path, ckpt_path=tmp_path / "stop.ckpt", weights_only=False)
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, dict(rest.named_parameters())[name]), name
+    assert (rest.updates, rest.asked) == (whole.updates, whole.asked)
+
+
+def test_a_reward_that_never_tells_answers_apart_ends_the_run(tmp_path: Path) -> None:
+    class Flat:
+        def score(self, texts: Sequence[str], requests: Sequence[Request]) -> list[float | None]:
+            return [0.0] * len(texts)
+
+    module = grpo(Flat(), sampling=replace(SAMPLING, max_new_tokens=1))
+    with pytest.raises(InputError, match="taught nothing"):
+        trained(module, [asked(i, 1) for i in range(PATIENCE + 1)], 2, tmp_path)
+
+
+def test_a_failed_reward_is_no_zero(tmp_path: Path) -> None:
+    class Failing(Vowels):
+        def score(self, texts: Sequence[str], requests: Sequence[Request]) -> list[float | None]:
+            found = super().score(texts, requests)
+            return [None, *found[1:]] if requests[0].metadata["answer"] == "fails" else found
+
+    module = grpo(Failing())
+    seen = watched(module)
+    batches = [asked(i) for i in range(3)]
+    batches[0].metadata[0]["answer"] = "fails"
+    trained(module, batches, 1, tmp_path)
+    assert seen["answers/unscored"][0] == 0.5
+    assert len(module.waiting) + module.updates * SAMPLING.groups <= 5
+
+
+def test_what_cannot_be_asked_is_left_out_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = grpo()
+    seen = watched(module)
+    batch = asked(0, 4)
+    batch.pictures[1] = []  # a record without its image
+    batch.turns[2] = (("user", "<image>" + "how many? " * 100), ("assistant", "two"))  # longer than the context
+    with caplog.at_level(logging.WARNING):
+        trained(module, [batch, *(asked(i) for i in range(1, 4))], 2, tmp_path)
+    assert seen["answers/questions_left_out"][0] == 0.5
+    assert "k0-1 is left out: missing picture" in caplog.text and "k0-2 is left out: too long" in caplog.text
+
+
+def test_answers_that_are_cut_off_are_counted_and_not_learned_from(tmp_path: Path) -> None:
+    module = grpo(overlong=Overlong(buffer=2), sampling=replace(SAMPLING, max_new_tokens=3))
+    seen = watched(module)
+    trained(module, [asked(i) for i in range(3)], 2, tmp_path)
+    assert seen["answers/cut_off"][0] > 0.5  # three tokens seldom hold the end
+    assert min(seen["reward/overlong"]) < 0
+    answers = module.sample(module.questions(asked(9)))
+    learned = module.padded(answers).mask.sum(dim=1)
+    assert [bool(n) for n in learned] == [answer.ended for answer in answers]
+
+
+def test_a_context_without_room_is_refused() -> None:
+    with pytest.raises(InputError, match="no room"):
+        grpo(context=6)
