@@ -123,7 +123,7 @@ class ChatDataModule(L.LightningDataModule):
         self.consumed = self.plan()
         if self._restored is not None:
             self.consumed.load_state_dict(self._restored)
-        sampler = PlanSampler(self._planned, lambda: self.steps)
+        sampler = PlanSampler(self._planned, self._length)
         return TimedLoader(chat_loader(ChatDataset(self.train, self.verify), sampler, self.num_workers, self.seed))
 
     def plan(self) -> Plan:
@@ -140,6 +140,14 @@ class ChatDataModule(L.LightningDataModule):
             behind = self.trainer.global_step * self.trainer.accumulate_grad_batches
         for _ in range(self.steps - behind):
             yield next(plan)
+
+    def _length(self) -> int:
+        """Batches of the whole run as Lightning counts them: those behind, which may be more than its steps, and those
+        to come."""
+        if self.trainer is None:
+            return self.steps
+        behind = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return behind + self.steps - self.trainer.global_step * self.trainer.accumulate_grad_batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes that a batch is about to be trained on: what a checkpoint holds is never what was only prefetched."""
