@@ -25,6 +25,7 @@ from lightning_modules.networks.loading import (
 from lightning_modules.networks.vision import make_tower, pixel_unshuffle
 
 IMAGE, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
+CLOSE = "</think>"
 PARTS = ("vision_model", "mlp1", "language_model")
 # What a folder may leave out: a single tile of the tower's size.
 TILING = {"min_dynamic_patch": 1, "max_dynamic_patch": 1, "use_thumbnail": True}
@@ -122,6 +123,7 @@ class R1VModel(nn.Module):
         top_p: float = 1.0,
         seed: int = 0,
         repetition_penalty: float = 1.0,
+        end_bias: float = 0.0,
     ) -> Int[Tensor, "b new"]:
         """Answers, up to and including the end of the turn, then padding.
 
@@ -135,6 +137,7 @@ class R1VModel(nn.Module):
             seed: of the draws; the global random state is left as it was.
             repetition_penalty: divides the logits of tokens that the answer has (CTRL, arXiv 1909.05858); above 1
                 answers become shorter. The prompt's tokens are not counted.
+            end_bias: added to the logit of `</think>`, which must be one token: above 0 thoughts become shorter.
         """
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -143,6 +146,7 @@ class R1VModel(nn.Module):
             repetition_penalty=repetition_penalty,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad_token,
+            **({"sequence_bias": [[[token_id(self.tokenizer, CLOSE)], float(end_bias)]]} if end_bias else {}),
             suppress_tokens=[self.image_token],  # which stands for a picture, and never for an answer
             cache_implementation="static",
             disable_compile=True,
