@@ -287,7 +287,12 @@ def build_tower(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
         "image_size": resolution,
         "patch_size": recipe.tower_patch,
         "hidden_size": recipe.tower_width,
-        "arguments": {"embed_dim": recipe.tower_width, "depth": recipe.tower_depth, "num_heads": 4, "class_token": False},
+        "arguments": {
+            "embed_dim": recipe.tower_width,
+            "depth": recipe.tower_depth,
+            "num_heads": 4,
+            "class_token": False,
+        },
     }
     tower = make_tower(config)
     grid, patches = LEVELS[recipe.level].grid, resolution // recipe.tower_patch

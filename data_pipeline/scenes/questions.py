@@ -17,7 +17,13 @@ DESCRIBE, STEP_BY_STEP = "describe.", " step by step."
 TRIES = 24  # draws of a question before another kind is drawn
 BEST = 5  # score of a record without a flaw
 # What is wrong with a record of each score, as a judge of training data would grade it.
-FLAWS = {4: "repeats itself", 3: "leaves out its thoughts", 2: "says what is not there", 1: "wrong answer", 0: "off topic"}
+FLAWS = {
+    4: "repeats itself",
+    3: "leaves out its thoughts",
+    2: "says what is not there",
+    1: "wrong answer",
+    0: "off topic",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,9 @@ def count(rng: random.Random, scene: Scene) -> Question | None:
     """How many of a colour or a shape."""
     there = [word for o in scene.objects for word in (o.colour, o.shape)]
     word = rng.choice([*there, *there, rng.choice([*COLOURS, *SHAPES])])
-    steps = [f"{thing(o, scene)} {place(scene, o)}, {'yes' if o in of_kind(scene, word) else 'no'}." for o in scene.objects]
+    steps = [
+        f"{thing(o, scene)} {place(scene, o)}, {'yes' if o in of_kind(scene, word) else 'no'}." for o in scene.objects
+    ]
     answer = str(len(of_kind(scene, word)))
     return Question(f"how many {plural(word)} are there?", answer, "count", (*steps, f"that makes {answer}."))
 
@@ -122,7 +130,9 @@ def look(rng: random.Random, scene: Scene) -> Question | None:
     """What is in a cell, or where something is."""
     o = rng.choice(scene.objects)
     if rng.random() < 0.5:
-        return Question(f"what is {place(scene, o)}?", thing(o, scene), "look", (f"{place(scene, o)}, {thing(o, scene)}.",), 1)
+        return Question(
+            f"what is {place(scene, o)}?", thing(o, scene), "look", (f"{place(scene, o)}, {thing(o, scene)}.",), 1
+        )
     if o not in unique(scene):
         return None
     seen = f"{thing(o, scene)} {place(scene, o)}."

@@ -89,7 +89,9 @@ class Layout:
         for token in (IMAGE, IMAGE_START, IMAGE_END):
             token_id(self.tokenizer, token)
         if not self.tokenizer.chat_template:
-            raise LayoutError("no chat template", f"the tokenizer {self.tokenizer.name_or_path} has none; add one to it")
+            raise LayoutError(
+                "no chat template", f"the tokenizer {self.tokenizer.name_or_path} has none; add one to it"
+            )
 
     @classmethod
     def of(cls, model: R1VModel, context: int = 16384) -> Layout:
@@ -133,7 +135,9 @@ class Layout:
         ids = self._ids(self._template(turns), counts)
         return self._checked(Sample(ids, [IGNORED] * len(ids), tiles))
 
-    def _with_pictures(self, turns: Turns, pictures: Sequence[Tensor]) -> tuple[list[tuple[str, str]], Tensor, list[int]]:
+    def _with_pictures(
+        self, turns: Turns, pictures: Sequence[Tensor]
+    ) -> tuple[list[tuple[str, str]], Tensor, list[int]]:
         """Turns that are clean, the tiles of all pictures, and how many each picture has."""
         reserved = [t for t in self.tokenizer.all_special_tokens if any(t in text for _, text in turns)]
         if reserved:
@@ -168,7 +172,9 @@ class Layout:
 
 def grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
     """All (columns, rows) of that many tiles, fewest first, in the order that InternVL compares them in."""
-    found = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if min_tiles <= i * j <= max_tiles]
+    found = [
+        (i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if min_tiles <= i * j <= max_tiles
+    ]
     return sorted(found, key=lambda grid: grid[0] * grid[1])
 
 
@@ -262,4 +268,3 @@ def prompts(samples: Sequence[Sample], pad: int) -> Rows:
         ids[row, width - len(sample) :] = torch.tensor(sample.input_ids)
         mask[row, width - len(sample) :] = 1
     return Rows(ids, mask, torch.full_like(ids, IGNORED), torch.cat([s.tiles for s in samples]), len(samples))
-

@@ -72,7 +72,9 @@ def test_learning_raises_the_reward(tmp_path: Path) -> None:
     assert last.mean() > first.mean() + 2 * (first.std() + last.std()) / 12**0.5
 
 
-@pytest.mark.parametrize("algorithm", [TokenGRPO(kl=0.1), MixedPreference(cut_off=True)], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [TokenGRPO(kl=0.1), MixedPreference(cut_off=True)], ids=lambda a: type(a).__name__
+)
 def test_the_reference_is_what_training_began_with(algorithm, tmp_path: Path) -> None:
     module = grpo(algorithm=algorithm)
     seen = watched(module)
