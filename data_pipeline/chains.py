@@ -9,7 +9,7 @@ from typing import NamedTuple
 OPEN, CLOSE = "<think>", "</think>"
 BOXES = ("\\boxed", "\\fbox")
 # What introduces an answer that stands in no box; the last one counts.
-PHRASE = re.compile(r"(?:final answer|answer|ответ|答案)\s{0,4}(?:is|[:=：]|是|为)\s{0,4}", re.IGNORECASE)
+PHRASE = re.compile(r"(?:final answer|answer|ответ|答案)\s{0,4}(?:is|[:=：]|是|为)\s{0,4}[:：]?\s{0,4}", re.IGNORECASE)
 LONGEST_PHRASED = 200  # characters of an answer in plain words
 
 

@@ -18,7 +18,7 @@ from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.datamodule import build_missing, scene_folder
 from data_pipeline.dataset import PlanSampler, TimedLoader, Verify, single_thread
 from data_pipeline.errors import InputError
-from data_pipeline.plan import PlannedBatch
+from data_pipeline.plan import Plan, PlannedBatch
 from data_pipeline.recipe import Recipe
 from data_pipeline.sources import SceneQuestions
 
@@ -93,7 +93,9 @@ class ChatDataModule(L.LightningDataModule):
         self.train: list[Chat] = []
         self.val: list[Chat] = []
         self.wrong: list[int] | None = None  # ids that an iteration adds to its data; None before they are known
-        self._trained, self._total = 0, 0
+        self.consumed: Plan | None = None
+        self._restored: dict[str, Any] | None = None
+        self._total = 0
 
     def prepare_data(self) -> None:
         """Builds missing shards of scenes (rank 0)."""
@@ -118,22 +120,40 @@ class ChatDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """The order from where training stands."""
-        dataset = ChatDataset(self.train, self.verify)
-        sampler = PlanSampler(self._planned, lambda: self.steps)
-        return TimedLoader(chat_loader(dataset, sampler, self.num_workers, self.seed))
+        self.consumed = self.plan()
+        if self._restored is not None:
+            self.consumed.load_state_dict(self._restored)
+        sampler = PlanSampler(self._planned, self._length)
+        return TimedLoader(chat_loader(ChatDataset(self.train, self.verify), sampler, self.num_workers, self.seed))
+
+    def plan(self) -> Plan:
+        """The order of this rank's batches from the beginning."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return chat.plan(len(self.train), self.batch_size, self.seed, rank, world)
 
     def _planned(self) -> Iterator[PlannedBatch]:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        planned = chat.plan(len(self.train), self.batch_size, self.seed, rank, world)
-        for _ in range(self._trained):
-            planned.advance()
-        for _ in range(self.steps - self._trained):
-            yield next(planned)
+        """Batches from where training stands to the end of the run."""
+        plan, behind = self.plan(), 0
+        assert self.consumed is not None
+        plan.load_state_dict(self.consumed.state_dict())
+        if self.trainer is not None:
+            behind = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        for _ in range(self.steps - behind):
+            yield next(plan)
+
+    def _length(self) -> int:
+        """Batches of the whole run as Lightning counts them: those behind, which may be more than its steps, and those
+        to come."""
+        if self.trainer is None:
+            return self.steps
+        behind = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return behind + self.steps - self.trainer.global_step * self.trainer.accumulate_grad_batches
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes that a batch is about to be trained on: what a checkpoint holds is never what was only prefetched."""
         if self.trainer is not None and self.trainer.training and isinstance(batch, ChatBatch):
-            self._trained += 1
+            assert self.consumed is not None
+            self.consumed.advance()
         return batch
 
     def val_dataloader(self) -> DataLoader[ChatBatch]:
@@ -143,20 +163,18 @@ class ChatDataModule(L.LightningDataModule):
         return chat_loader(ChatDataset(held), PlanSampler(partial(iter, planned), planned.__len__), 0, self.seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were trained on, and what an iteration added."""
-        return {"trained": self._trained, "wrong": self.wrong, "total": self._total}
+        """How many conversations were trained on, and what an iteration added; equal on all ranks."""
+        plan = self._restored if self.consumed is None else self.consumed.state_dict()
+        return {"plan": plan, "wrong": self.wrong, "total": self._total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where a checkpoint stood.
-
-        Raises InputError where there are other conversations now.
-        """
+        """Goes on where a checkpoint stood: other ranks and batch sizes may, other conversations may not."""
         if self.train and state["total"] != len(self.train):
             raise InputError(
                 f"the checkpoint was trained on {state['total']} conversations, there are now {len(self.train)}; "
                 "resume with the run's own config.yaml, or start a new run"
             )
-        self._trained, self.wrong = state["trained"], state["wrong"]
+        self._restored, self.wrong = state["plan"], state["wrong"]
 
 
 def chat_loader(dataset: ChatDataset, sampler: PlanSampler, workers: int, seed: int) -> DataLoader[ChatBatch]:

@@ -28,6 +28,7 @@ from callbacks.checkpoint import checkpoints
 from callbacks.summary import OUTCOMES, SUMMARY
 from data_pipeline.errors import InputError
 from lightning_modules.commands import RUNS, place, read_config, run_name
+from lightning_modules.distillation_rounds import Round, folder_of
 from lightning_modules.evaluation import gain_chart
 from lightning_modules.evaluation.comparison import Trial, compare, markdown, record
 from lightning_modules.networks.loading import CheckpointError
@@ -47,6 +48,7 @@ class Link:
         callbacks: settings by the names of callbacks; null leaves one out, and one that the config lacks comes first.
         take: what takes the export of an earlier link of the chain, by dotted name; "previous" is the link before.
         build: folders of shards that the run needs, with the recipes that build them.
+        round: shards that the run before makes first, and this one learns from.
         seed: instead of the experiment's: the run is the same for all seeds.
         in_place: the run is the one that `fit -c CONFIG` makes for everyone, with nothing changed in it.
         minutes: what it is expected to take, for the plan.
@@ -57,6 +59,7 @@ class Link:
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     take: dict[str, str] = field(default_factory=lambda: {PRETRAINED: PREVIOUS})
     build: dict[str, Path] = field(default_factory=dict)
+    round: Round | None = None
     seed: int | None = None
     in_place: bool = False
     minutes: float = 0.0
@@ -106,6 +109,7 @@ class Run:
     name: str
     config: Path
     content: dict[str, Any]
+    recipe: dict[str, Any] | None = None
 
     @property
     def version(self) -> Path:
@@ -132,6 +136,10 @@ class Run:
             write(self.config, f"# python -m {' '.join(fit)}\n{text}")
         for folder, recipe in self.link.build.items():
             self.call(["data_pipeline", "build", "-c", str(recipe), "--output", folder])
+        if self.recipe is not None:
+            output = folder_of(self.name, self.recipe)
+            write(output.with_suffix(".yaml"), yaml.safe_dump(self.recipe, sort_keys=False, width=120))
+            self.call(["data_pipeline", "build", "-c", str(output.with_suffix(".yaml")), "--output", str(output)])
         self.call([*fit, "--resume"] if self.resumable else fit)
         if not self.finished:
             raise InputError(f"{self.name} wrote no {SUMMARY}; see {RUNS / self.name / LOG}")
@@ -207,9 +215,16 @@ def chain(experiment: Experiment, name: str, arm: str, seed: int) -> Iterator[Ru
         else:
             content = effective(experiment.set, link, seed, earlier)
             decides = [content, sorted({str(run.version) for run in earlier.values()})]
+            decides += [] if link.round is None else [repr(link.round), link.round.recipe.read_text(encoding="utf-8")]
             digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
             own = f"experiments/{name}/{link_name}/seed_{content['seed_everything']}-{digest}"
-            made = Run(link, own, RUNS / "configs" / f"{own}.yaml", content)
+            recipe = None
+            if link.round is not None:
+                if not earlier:
+                    raise InputError(f"arm {arm}: {link_name} has a round, and no run before it that could make it")
+                recipe = link.round.made(str(earlier[PREVIOUS].version / "export"))
+                place(content, link.round.into, [str(folder_of(own, recipe))])
+            made = Run(link, own, RUNS / "configs" / f"{own}.yaml", content, recipe)
         yield made
         earlier[link_name] = earlier[PREVIOUS] = made
 

@@ -61,8 +61,8 @@ class LanguageRecipe:
     intermediate: int = 384
     context: int = 128
     rows: int = 24  # of a batch
-    base_steps: int = 2400
-    tuned_steps: int = 400
+    base_steps: int = 1500
+    tuned_steps: int = 300
     base_lr: float = 4e-3
     tuned_lr: float = 1e-3
     tower_width: int = 64

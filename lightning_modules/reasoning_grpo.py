@@ -24,11 +24,11 @@ from lightning_modules.networks.layout import Layout, LayoutError, Sample
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.networks.snapshots import Snapshots
-from lightning_modules.pipelines.answering import Decoding, Engine, TransformersEngine
+from lightning_modules.pipelines.answering import Decoding, Engine
 from lightning_modules.pocket_llm import resolve
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
-from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, TokenGRPO, Totals
+from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, Totals
 from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong, WeightedText, reasons, scored
 from lightning_modules.rollouts.chains import Answer, Batch, Question, batched
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
@@ -51,11 +51,11 @@ class ReasoningGrpoModule(L.LightningModule):
         pretrained: folder in R1V's layout, such as the export of an earlier run.
         rewards: what answers are worth, by name.
         algorithm: a class of lightning_modules.rollouts.chain_algorithms, or of one's own.
+        engine: what samples, lightning_modules.pipelines.answering.TransformersEngine or VllmEngine.
         advantages: how rewards become advantages, as for pictures.
         sampling: how many answers, and how they are sampled.
         overlong: what becomes of answers that are cut off.
         buffer: R1V2's Selective Sample Buffer; None learns from new answers alone.
-        engine: what samples.
         train: the parts that are trained.
         optimizer: AdamW and its schedule.
         max_grad_norm: the norm that gradients are clipped to.
@@ -68,12 +68,12 @@ class ReasoningGrpoModule(L.LightningModule):
         self,
         pretrained: str,
         rewards: dict[str, WeightedText],
-        algorithm: ChainAlgorithm = TokenGRPO(),  # noqa: B008
+        algorithm: ChainAlgorithm,
+        engine: Engine,
         advantages: Advantages = Advantages(),  # noqa: B008
         sampling: ChainSampling = ChainSampling(),  # noqa: B008
         overlong: Overlong = Overlong(),  # noqa: B008
         buffer: SampleBuffer | None = None,
-        engine: Engine = TransformersEngine(),  # noqa: B008
         train: list[Part] = ["projector"],  # noqa: B006
         optimizer: AdamW = AdamW(lr=1e-6),  # noqa: B008
         max_grad_norm: float = 1.0,
@@ -132,9 +132,9 @@ class ReasoningGrpoModule(L.LightningModule):
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
-                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the "
-                "same or have no score. Look at reward/* and answers/* in TensorBoard; take easier or harder questions, "
-                "or larger groups"
+                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the same, "
+                "have no score or were cut off. Look at reward/* and answers/* in TensorBoard; take easier or harder "
+                "questions, larger groups, or more max_new_tokens"
             )
         self.waiting += found
         # All devices learn together, from equally many groups.

@@ -9,8 +9,10 @@ import torch
 from micro_r1v import micro_r1v, root
 
 from data_pipeline.chat_batches import ChatBatch
+from lightning_modules.pipelines.answering import TransformersEngine
 from lightning_modules.reasoning_grpo import ReasoningGrpoModule
 from lightning_modules.rewards.protocol import Request
+from lightning_modules.rollouts.chain_algorithms import TokenGRPO
 from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong, WeightedText
 from lightning_modules.schedule import AdamW
 
@@ -50,5 +52,6 @@ def grpo(reward: object = None, **changes: object) -> ReasoningGrpoModule:
     """A module with small settings."""
     settings: dict[str, object] = {"overlong": Overlong(cut_off="learn")}  # barely trained, it never comes to an end
     settings |= {"sampling": SAMPLING, "optimizer": AdamW(lr=1e-2, warmup_steps=0, weight_decay=0.0), "steps": 10}
+    settings |= {"algorithm": TokenGRPO(), "engine": TransformersEngine()}
     rewards = {"vowels": WeightedText(Vowels() if reward is None else reward)}
-    return ReasoningGrpoModule(folder(), rewards, context=128, **{**settings, **changes})
+    return ReasoningGrpoModule(folder(), rewards, **{"context": 128, **settings, **changes})

@@ -30,6 +30,7 @@ LAYERS = {
     "lightning_modules.ahead": 5,
     "lightning_modules.cli": 5,
     "lightning_modules.experiments": 5,
+    "lightning_modules.distillation_rounds": 5,
 }
 # Within a layer these never import each other.
 APART = [

@@ -20,10 +20,12 @@ from micro_r1v import part
 
 from lightning_modules.ahead import planned
 from lightning_modules.cli import CLI, outlined
+from lightning_modules.experiments import effective, read
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import add_lora
 from lightning_modules.planning import Plan
 from lightning_modules.reinforce import ReinforceModule
+from lightning_modules.rewards.answers import Accuracy
 from lightning_modules.rollouts.arithmetic import Arithmetic
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +135,22 @@ def class_of(path: Path) -> type:
     """The stage module's class of a config."""
     module, _, name = yaml.safe_load(path.read_text())["model"]["class_path"].rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
+    experiment = read(ROOT / "configs" / "experiments" / "r1v.yaml")
+    found = {}
+    for name in ("third_pass", "reassembled", "iteration_3", "other_third_pass", "direct"):
+        link = experiment.links[name]
+        content = effective(experiment.set, replace(link, config=ROOT / link.config), 3, {})
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        found[name] = instantiated(path)
+    iteration = found["iteration_3"].model.iteration
+    assert iteration.threshold == 4.0 and isinstance(iteration.verifier, Accuracy)
+    assert found["third_pass"].datamodule.minimum == {"score": 4}
+    assert found["third_pass"].model.optimizer_settings.lr == pytest.approx(4e-4)
+    assert found["reassembled"].model.iteration is None
+    assert found["other_third_pass"].model.folders == ("pocket/tower", "pocket/other", None)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.parent.name)

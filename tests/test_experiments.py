@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from micro import micro_config
 
 from data_pipeline.errors import InputError
-from lightning_modules.experiments import PREVIOUS, chain, effective, main, read
+from lightning_modules.experiments import PREVIOUS, Run, chain, effective, main, read
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = {"level": 1, "count": 3, "num_inference_steps": 1, "guidance_scales": [1.0], "negative_prompt": ""}
@@ -51,6 +51,33 @@ def finish(folder: Path, outcomes: dict[str, list[float]] | None = None) -> None
     if outcomes is not None:
         (version / "outcomes.json").write_text(json.dumps(outcomes))
     (folder / "latest").symlink_to("version_0")
+
+
+def test_a_round_is_made_by_the_run_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that learns from the shards of a recipe whose generator is the last export."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "round.yaml").write_text(yaml.safe_dump({"steps": [{"init_args": {"pretrained": "?", "alpha": 0.1}}]}))
+    path = experiment(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    settings = {"recipe": "round.yaml", "take": "steps.0.init_args.pretrained", "set": {"steps.0.init_args.alpha": 0.5}}
+    content["links"]["train"]["round"] = settings
+    path.write_text(yaml.safe_dump(content))
+    _, run = chain(read(path), "small", "one", 0)
+    assert run.recipe == {"steps": [{"init_args": {"pretrained": "runs/micro/latest/export", "alpha": 0.5}}]}
+    [made] = run.content["data"]["init_args"]["shards"]
+    called: list[list[str]] = []
+    monkeypatch.setattr(Run, "call", lambda self, module: called.append(list(module)))
+    monkeypatch.setattr(Run, "finished", True)
+    run.fit()
+    assert called[0] == ["data_pipeline", "build", "-c", f"{made}.yaml", "--output", made]
+    assert yaml.safe_load(Path(f"{made}.yaml").read_text()) == run.recipe
+    content["links"]["train"]["round"]["set"] = {"steps.0.init_args.alpha": 0.7}
+    path.write_text(yaml.safe_dump(content))
+    assert list(chain(read(path), "small", "one", 0))[1].name != run.name
+    content["links"]["train"]["round"]["take"] = "steps.3.pretrained"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(InputError, match=r"no field steps.3"):
+        list(chain(read(path), "small", "one", 0))
 
 
 @pytest.fixture

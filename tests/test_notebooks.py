@@ -20,7 +20,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if path.stem == "reason":
         micro_r1v().save_pretrained(tmp_path / "r1v")
         monkeypatch.setenv("R1V", str(tmp_path / "r1v"))
-        monkeypatch.setenv("QUESTIONS", "24")
+        monkeypatch.setenv("QUESTIONS", "12")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(path, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"

@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from data_pipeline.chains import final_answer
+from data_pipeline.chains import final_answer, split
 from data_pipeline.errors import InputError
 from data_pipeline.scenes.questions import Question, draw, in_words
 from data_pipeline.scenes.renderer import render
@@ -105,7 +105,7 @@ def answers(
 
 def asked(scene: Scene, question: Question, mode: str) -> str:
     """What a user says."""
-    before = {"pictures": MARK, "words": in_words(scene, random.Random(scene.canonical)) + "\n", "blind": ""}
+    before = {"pictures": MARK + "\n", "words": in_words(scene, random.Random(scene.canonical)) + "\n", "blind": ""}
     return before[mode] + question.text
 
 
@@ -115,7 +115,7 @@ def shown(scene: Scene, mode: str) -> list[Tensor]:
 
 
 def answer_of(text: str) -> str:
-    """The answer in a text: boxed, introduced, after plain steps, or all that was said.
+    """The answer in a text: boxed, introduced, after plain steps, or all that was said after thinking.
 
     >>> answer_of("top left, red circle. so red"), answer_of("red"), answer_of("a\\n</think>\\n\\\\boxed{2}")
     ('red', 'red', '2')
@@ -123,4 +123,5 @@ def answer_of(text: str) -> str:
     found = final_answer(text)
     if found is not None:
         return found.strip()
-    return text.rpartition(SO)[2].strip() if SO in text else text.strip()
+    said = split(text).said
+    return said.rpartition(SO)[2].strip() if SO in said else said.strip()

@@ -25,6 +25,7 @@ from lightning_modules.networks.loading import (
 from lightning_modules.networks.vision import make_tower, pixel_unshuffle
 
 IMAGE, IMAGE_START, IMAGE_END = "<IMG_CONTEXT>", "<img>", "</img>"
+CLOSE = "</think>"
 PARTS = ("vision_model", "mlp1", "language_model")
 # What a folder may leave out: a single tile of the tower's size.
 TILING = {"min_dynamic_patch": 1, "max_dynamic_patch": 1, "use_thumbnail": True}
@@ -70,8 +71,9 @@ class R1VModel(nn.Module):
         grid = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
         frozen = not any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            patches = self.vision(pixel_values)
-        return self.projector(pixel_unshuffle(patches, grid, self.factor))
+            patches = self.vision(pixel_values.to(next(self.vision.parameters()).dtype))
+        tokens = pixel_unshuffle(patches, grid, self.factor)
+        return self.projector(tokens.to(next(self.projector.parameters()).dtype))
 
     def embeddings(self, input_ids: Int[Tensor, "b l"], image_features: Tensor | None) -> Float[Tensor, "b l d"]:
         """Those of the tokens; image features take the places of the picture's tokens, in order."""
@@ -121,6 +123,7 @@ class R1VModel(nn.Module):
         top_p: float = 1.0,
         seed: int = 0,
         repetition_penalty: float = 1.0,
+        end_bias: float = 0.0,
     ) -> Int[Tensor, "b new"]:
         """Answers, up to and including the end of the turn, then padding.
 
@@ -134,6 +137,7 @@ class R1VModel(nn.Module):
             seed: of the draws; the global random state is left as it was.
             repetition_penalty: divides the logits of tokens that the answer has (CTRL, arXiv 1909.05858); above 1
                 answers become shorter. The prompt's tokens are not counted.
+            end_bias: added to the logit of `</think>`, which must be one token: above 0 thoughts become shorter.
         """
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -142,6 +146,7 @@ class R1VModel(nn.Module):
             repetition_penalty=repetition_penalty,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad_token,
+            **({"sequence_bias": [[[token_id(self.tokenizer, CLOSE)], float(end_bias)]]} if end_bias else {}),
             suppress_tokens=[self.image_token],  # which stands for a picture, and never for an answer
             cache_implementation="static",
             disable_compile=True,
@@ -168,6 +173,11 @@ class R1VModel(nn.Module):
         for name in ("vision_config", "llm_config", "downsample_ratio"):
             if name not in config:
                 raise CheckpointError(f"{folder / 'config.json'} has no {name}; expected R1V's released layout")
+        for name, known in (("select_layer", -1), ("ps_version", "v2")):
+            if config.get(name, known) != known:
+                raise CheckpointError(
+                    f"{folder / 'config.json'} has {name} {config[name]!r}; R1V's models have {known!r}"
+                )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with no_init_weights():
             vision, language = make_tower(config["vision_config"]), make_language(config["llm_config"], dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from lightning_modules.networks.layout import Sample, prompts
-from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.networks.r1v import CLOSE, R1VModel, token_id
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Decoding:
         temperature: 0 takes the likeliest token.
         top_p: the likeliest tokens that have this probability together.
         repetition_penalty: divides the logits of tokens that the answer has already; 1 changes nothing.
+        end_bias: added to the logit of the end of thoughts.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    end_bias: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -71,6 +73,7 @@ class TransformersEngine:
                 top_p=decoding.top_p,
                 seed=seed,
                 repetition_penalty=decoding.repetition_penalty,
+                end_bias=decoding.end_bias,
             )
         return [until_end(row, model.tokenizer.eos_token_id) for row in tokens]
 
@@ -128,7 +131,7 @@ class VllmEngine:
             top_p=decoding.top_p,
             repetition_penalty=decoding.repetition_penalty,
             seed=seed,
-            logit_bias={model.image_token: -100.0},
+            logit_bias={model.image_token: -100.0, token_id(model.tokenizer, CLOSE): decoding.end_bias},
         )
         found = engine.generate([{"prompt_embeds": each.cpu()} for each in embedded], settings)
         return [torch.tensor(output.token_ids, device=device) for request in found for output in request.outputs]

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 from data_pipeline.chains import CLOSE, OPEN, boxes, final_answer, split
 from data_pipeline.errors import InputError
 from lightning_modules.rewards.protocol import Request
-from lightning_modules.rewards.quantities import agree, plain, quantity
+from lightning_modules.rewards.quantities import agree, plain, plausible, quantity
 from lightning_modules.rewards.sandbox import Sandbox
 
 Kind = Literal["auto", "choice", "number", "math", "text"]
@@ -24,7 +24,6 @@ LETTERS = "ABCDEFGHIJ"
 # A letter alone, as (B), B. or \text{B}, or before what it stands for.
 LETTER = re.compile(r"(?:option|choice)?\s{0,3}[\(\[]?([A-J])(?:[\)\].:]|\s{0,3}$)", re.IGNORECASE)
 SEVERAL = re.compile(r"[\(\[]?([A-J])[\)\]]?(?:\s{0,3}(?:,|and|&)?\s{0,3}[\(\[]?([A-J])[\)\]]?){1,9}\.?")
-BASE = re.compile(r"_\{?(\d{1,2})\}?$")
 
 
 class Verdict(NamedTuple):
@@ -98,7 +97,9 @@ class Verifier:
         if kind == "text":
             return verdict(False)
         wanted, found = quantity(truth), quantity(said)
-        if wanted is not None and found is not None and (kind == "number" or BASE.search(said) is None):
+        units = [each.unit for each in (wanted, found) if each is not None]
+        if len(units) == 2 and (kind == "number" or all(map(plausible, units))):
+            assert wanted is not None and found is not None
             return verdict(agree(wanted, found, self.tolerance if tolerance is None else tolerance))
         if kind == "number":
             return Verdict(None, "truth") if wanted is None else self.unread(said)

@@ -7,7 +7,6 @@ in an isolated interpreter.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import logging
@@ -42,7 +41,7 @@ def compare(truth: str, said: str) -> str:
 
 
 def refuse(*_: object) -> NoReturn:
-    """What evaluates text as Python is out of reach of an answer."""
+    """In the place of what evaluates text as Python: out of reach of an answer."""
     raise PermissionError("eval")
 
 
@@ -65,7 +64,6 @@ def child(truth: str, said: str, seconds: float, out: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1,) * 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        builtins.eval = refuse
         try:
             reason = compare(truth, said)
         except MemoryError:
@@ -109,7 +107,9 @@ def main() -> None:
 
     logging.disable(logging.CRITICAL)
     sympy.parsing.sympy_parser.parse_expr = number
-    compare("\\frac{1}{2}", "0.5")  # imports and fills caches that every child then has
+    sympy.parsing.sympy_parser.eval_expr = refuse
+    for truth, said in (("(x+1)^2", "x^2+2x+1"), ("\\frac{\\sin 2x}{2}", "\\sin x \\cos x"), ("\\{1,2\\}", "[0,1)")):
+        compare(truth, said)  # imports and fills caches that every child then has
     print("ready", flush=True)
     for line in sys.stdin:
         question = json.loads(line)

@@ -44,6 +44,7 @@ NUMBER = re.compile(
     r"(?:\s?(?:[eE]|(?:\*|×|x)\s?10\s?\^)\s?\(?(?P<power>[-+]?\d{1,4})\)?)?"
     r")"
 )
+UNIT = re.compile(r"[A-Za-z°%$€£/ .'-]{0,60}")
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 
@@ -57,6 +58,7 @@ class Quantity(NamedTuple):
 def plain(text: str) -> str:
     """LaTeX of simple numbers as plain text: \\frac{1}{2} as 1/2, \\text{cm} as cm, 5^\\circ as 5 °."""
     text = text.strip().strip("$") if text.count("$") > 1 else text.strip()
+    text = re.sub(r"(?<=\d)\\[,!;](?=\d{3})", "", text)  # 1\,000
     for old, new in (("−", "-"), ("–", "-"), ("\\,", " "), ("\\!", ""), ("\\;", " "), ("\\ ", " "), ("~", " "),
                      ("\\left", ""), ("\\right", ""), ("{,}", ","), ("\\times", "×"), ("\\cdot", "×"), ("·", "×"),
                      ("^{\\circ}", " °"), ("^\\circ", " °"), ("\\circ", " °"), ("\\degree", " °"), ("\\$", "$"),
@@ -88,7 +90,7 @@ def quantity(text: str) -> Quantity | None:
         return None
     rest = text[found.end() :].strip().rstrip(".").strip()
     unit = f"{money[2]}{rest}" if money else rest
-    if re.search(r"[\d=<>(){}\[\]\\,;|+*]", re.sub(r"\^-?[1-9]\b", "", unit)):
+    if not UNIT.fullmatch(re.sub(r"\^-?[1-9]\b", "", unit)):
         return None
     value = fraction(found)
     return None if value is None else Quantity(value, unit)
@@ -134,6 +136,11 @@ def measure(unit: str) -> tuple[str, Fraction] | None:
             dimension, each = "volume", each * 1000  # in litres
         name, size = (f"{name}/{dimension}", size / each) if i else (dimension, each)
     return name, size
+
+
+def plausible(unit: str) -> bool:
+    """Whether this is a unit or a thing that is counted, and no variable of a formula: known, or a word."""
+    return not unit or measure(unit) is not None or re.fullmatch(r"[A-Za-z]{3,}(?: [A-Za-z]+){0,3}", unit) is not None
 
 
 def same_unit(a: str, b: str) -> bool:

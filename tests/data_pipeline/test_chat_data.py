@@ -47,12 +47,20 @@ def test_an_epoch_holds_every_conversation_once_and_workers_change_nothing(folde
 
 
 def test_what_was_trained_on_does_not_come_again_after_a_resume(folder: Path) -> None:
-    whole = [batch.keys for batch in served(folder).train_dataloader()]
+    first = served(folder)
+    whole = [batch.keys for batch in first.train_dataloader()]
+    for _ in range(4):
+        first.consumed.advance()
+    state = first.state_dict()
     data = served(folder)
-    data.load_state_dict({"trained": 4, "wrong": None, "total": 46})
-    assert [batch.keys for batch in data.train_dataloader()] == whole[4:]
+    data.load_state_dict(state)
+    assert data.state_dict() == state
+    assert [batch.keys for batch in data.train_dataloader()][:6] == whole[4:]
+    larger = served(folder, batch_size=10)
+    larger.load_state_dict(state)
+    assert next(iter(larger.train_dataloader())).keys == [*whole[4], *whole[5]]
     with pytest.raises(InputError, match=r"trained on 12 conversations.*now 46"):
-        served(folder).load_state_dict({"trained": 4, "wrong": None, "total": 12})
+        served(folder).load_state_dict({**state, "total": 12})
 
 
 def test_scores_and_facts_choose_what_is_trained_on(folder: Path) -> None:

@@ -16,7 +16,8 @@ from data_pipeline.steps.quality import Quality
 
 FOLDER = Path(__file__).parents[2] / "configs" / "data"
 SELECTIONS = sorted(FOLDER.glob("select*.yaml"))
-SCORINGS = [FOLDER / f"{name}.yaml" for name in ("score_text_image", "score_edit", "judge_edit")]
+SCORED = ("score_text_image", "score_edit", "judge_edit", "score_chains", "score_chains_scenes")
+SCORINGS = [FOLDER / f"{name}.yaml" for name in SCORED]
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - {*SELECTIONS, *SCORINGS})
 
 

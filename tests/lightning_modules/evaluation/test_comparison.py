@@ -42,6 +42,14 @@ def test_the_table_says_what_is_missing() -> None:
     assert "nothing to compare" in markdown(compare({"rl": [FIRST]}, WANTED, COLUMNS, "none"), "none")
 
 
+def test_what_a_paper_reports_stands_beside_what_was_measured() -> None:
+    lines = markdown(compare(TRIALS, WANTED, COLUMNS, "none"), "none", {"rl": 69.0}).splitlines()
+    titles = [title.strip() for title in lines[0].split("|")[1:-1]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
+    assert [dict(zip(titles, row, strict=True))["paper"] for row in rows] == ["", "69"]
+    assert lines[1].count("---") == len(titles)
+
+
 def test_records_are_valid_json() -> None:
     rows = compare(TRIALS, WANTED, COLUMNS, "none")
     plain = json.loads(json.dumps([*map(record, rows)], allow_nan=False))

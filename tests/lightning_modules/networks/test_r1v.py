@@ -117,6 +117,12 @@ def test_a_folder_that_does_not_fit_is_named(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 missing: mlp1\.3\.bias"):
         R1VModel.from_folder(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        config.replace('"downsample_ratio"', '"select_layer": -4, "downsample_ratio"')
+    )
+    with pytest.raises(CheckpointError, match="select_layer -4"):
+        R1VModel.from_folder(tmp_path)
 
 
 def test_a_projector_is_plugged_onto_another_language_model(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""R1V's control of chain lengths (AL-CoTD, arXiv 2504.05599): what is easy to answer is told to be brief."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_pipeline import parquet
+from data_pipeline.errors import InputError
+from data_pipeline.index import TEXT_FIELDS, sidecars, state_of
+
+SCORES = ("cot_vision", "cot_text", "cot_integration")
+HIGHEST = 2.0  # of the penalty
+
+
+def normalised(value: float, low: float, high: float) -> float:
+    """A score on a scale from 0, the lowest of the data, to 1, the highest; 0.5 where all are equal.
+
+    >>> normalised(3.0, 1.0, 5.0)
+    0.5
+    """
+    return 0.5 if high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+# R1V (arXiv 2504.05599), section 2.3, the dynamic reasoning length controller.
+def penalty(
+    vision: float, text: float, integration: float, alpha: float, beta: float = 1.0, gamma: float = 1.0
+) -> float:
+    """min(2, exp(alpha (1 - (S_v + beta S_t + gamma S_I) / (1 + beta + gamma)))) of normalised scores.
+
+    1, which penalises nothing, for the hardest question, and exp(alpha) for the easiest.
+
+    >>> round(penalty(0.5, 0.5, 0.5, alpha=0.4), 4), penalty(0, 0, 0, alpha=9.0)
+    (1.2214, 2.0)
+    """
+    hard = (vision + beta * text + gamma * integration) / (1 + beta + gamma)
+    return min(HIGHEST, math.exp(alpha * (1 - hard)))
+
+
+@dataclass
+class LengthControl:
+    """The repetition penalty of each record, from the columns that its scorer left in an index.
+
+    R1V does not say its constants; configs/data/chain_lengths.yaml sweeps them.
+
+    Args:
+        scores: folder of shards whose indexes have the columns `cot_vision`, `cot_text`, `cot_integration`, over all of
+            which scores are normalised.
+        alpha: how strong; 0 penalises nothing. Above ln 2 the limit of 2 binds.
+        beta: weight of the text's score.
+        gamma: weight of the integration's.
+    """
+
+    scores: str
+    alpha: float = 0.3
+    beta: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.alpha, self.beta, self.gamma) < 0:
+            raise InputError(f"length control: alpha, beta and gamma are at least 0; got {self}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the scores: what is generated depends on them."""
+        return state_of(sidecars(Path(self.scores)))
+
+    def penalties(self) -> dict[str, float]:
+        """Of each record that has scores, by its key."""
+        table = scored_records(Path(self.scores))
+        limits = {name: pc.min_max(table[name]).as_py() for name in SCORES}
+        found = {}
+        for row in table.to_pylist():
+            if any(row[name] is None for name in SCORES):
+                continue
+            values = [normalised(row[name], limits[name]["min"], limits[name]["max"]) for name in SCORES]
+            found[row["key"]] = penalty(*values, self.alpha, self.beta, self.gamma)
+        return found
+
+
+def scored_records(folder: Path) -> pa.Table:
+    """Keys and scores of all records of a folder."""
+    tables = []
+    for path in sidecars(folder):
+        missing = [name for name in SCORES if name not in parquet.schema(path).names]
+        if missing:
+            raise InputError(
+                f"{path} has no column {', '.join(missing)}; first run "
+                f"`python -m data_pipeline score {folder} -c configs/data/score_chains.yaml`"
+            )
+        table = parquet.read(path, ["key", "field", *SCORES])
+        tables.append(table.filter(pc.is_in(table["field"], pa.array(TEXT_FIELDS))).select(["key", *SCORES]))
+    return pa.concat_tables(tables)

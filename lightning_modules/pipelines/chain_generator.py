@@ -1,0 +1,101 @@
+"""The model that is being trained as a generator of chains for the data pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from data_pipeline.counters import counter_seed
+from data_pipeline.errors import InputError
+from data_pipeline.index import sample_id
+from data_pipeline.records import ReasoningRecord, Record
+from data_pipeline.steps.distill_chains import Generated
+from data_pipeline.steps.pixels import pixels
+from lightning_modules.networks.layout import Layout, LayoutError, Sample
+from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.pipelines.answering import Decoding, TransformersEngine
+from lightning_modules.pipelines.scorers import folder_fingerprint
+
+
+@dataclass
+class ChainGenerator:
+    """Answers conversations' last questions.
+
+    Records of nearly one penalty are sampled together: a penalty is rounded to a multiple of `penalty_step`.
+
+    Args:
+        pretrained: folder in R1V's layout, such as a run's export.
+        decoding: how answers are sampled; each record's penalty is multiplied onto its `repetition_penalty`.
+        context: tokens of a question and its answer, at most; a longer question cannot be asked.
+        penalty_step: how finely penalties differ.
+        samples: at a time.
+        seed: of the draws.
+        device: where it runs.
+    """
+
+    pretrained: str = ""
+    decoding: Decoding = field(default_factory=Decoding)
+    context: int = 16384
+    penalty_step: float = 0.05
+    samples: int = 64
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.penalty_step <= 0 or self.samples < 1 or self.context <= self.decoding.max_new_tokens:
+            raise InputError(
+                "chain generator: penalty_step above 0, samples at least 1, context above max_new_tokens; got "
+                f"{self.penalty_step}, {self.samples}, {self.context} and {self.decoding.max_new_tokens}"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The name and a hash of the weights."""
+        return folder_fingerprint(self.pretrained, "ChainGenerator.pretrained")
+
+    @cached_property
+    def _model(self) -> R1VModel:
+        assert self.fingerprint  # a missing folder is named before a library looks for it
+        return R1VModel.from_folder(self.pretrained).to(self.device)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout.of(self._model, self.context - self.decoding.max_new_tokens)
+
+    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated]:
+        """An answer to each record, or why it cannot be asked."""
+        found: dict[int, Generated] = {}
+        groups: dict[int, list[tuple[int, Sample]]] = {}
+        for i, (record, penalty) in enumerate(zip(records, penalties, strict=True)):
+            try:
+                level = round(penalty * self.decoding.repetition_penalty / self.penalty_step)
+                groups.setdefault(level, []).append((i, self._asked(record)))
+            except LayoutError as error:
+                found[i] = Generated(refused=str(error))
+        for level, members in groups.items():
+            for start in range(0, len(members), self.samples):
+                part = members[start : start + self.samples]
+                seed = counter_seed(self.seed, "chain", 0, sample_id(records[part[0][0]].key))
+                said = self._said([sample for _, sample in part], level * self.penalty_step, seed)
+                found |= {i: each for (i, _), each in zip(part, said, strict=True)}
+        return [found[i] for i in range(len(records))]
+
+    def _asked(self, record: Record) -> Sample:
+        if not isinstance(record, ReasoningRecord):
+            raise LayoutError("no conversation", f"a record of kind {record.kind}")
+        shown = [torch.from_numpy(pixels(image).copy()).permute(2, 0, 1) for image in record.pictures]
+        return self._layout.prompt(record.turns, shown)
+
+    def _said(self, samples: Sequence[Sample], penalty: float, seed: int) -> list[Generated]:
+        """Answers under one penalty."""
+        tokenizer, d = self._model.tokenizer, self.decoding
+        decoding = Decoding(d.max_new_tokens, d.temperature, d.top_p, penalty)
+        found = []
+        for tokens in TransformersEngine().answers(self._model, samples, 1, decoding, seed):
+            ended = bool(len(tokens)) and int(tokens[-1]) == tokenizer.eos_token_id
+            text = tokenizer.decode(tokens[:-1].tolist() if ended else tokens.tolist(), skip_special_tokens=False)
+            found.append(Generated(str(text), len(tokens), ended))
+        return found

@@ -1,0 +1,208 @@
+"""AL-CoTD: scores of questions, the penalty that they lead to, and chains that are judged and mended."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.endpoint import Unanswered
+from data_pipeline.errors import InputError
+from data_pipeline.executors.local import Local
+from data_pipeline.index import load_index, read_member, sidecars
+from data_pipeline.length_control import LengthControl, normalised, penalty
+from data_pipeline.recipe import Recipe
+from data_pipeline.records import EncodedImage, ReasoningRecord, Record, Rejected, TextImageRecord
+from data_pipeline.score import score
+from data_pipeline.sources import SceneQuestions, WebDataset
+from data_pipeline.steps.chain_scores import CRITERIA, NAMES, SceneChainScores, VlmChainScores
+from data_pipeline.steps.distill_chains import AnswerJudge, DistillChains, EndpointJudge, Generated, Judgement
+from data_pipeline.steps.metadata import Metadata
+
+PICTURE = EncodedImage(b"...", "png")
+RIGHT = "a red circle.\n</think>\n\\boxed{red}"
+
+
+@dataclass
+class Said:
+    """A stand-in for an endpoint: what it says to every question."""
+
+    reply: Callable[[str], str]
+    threads: int = 2
+    model: str = "judge"
+    max_tokens: int = 100
+    asked: list[str] = field(default_factory=list)
+
+    def ask(self, text: str, images: Sequence[EncodedImage] = ()) -> str:
+        self.asked.append(text)
+        return self.reply(text)
+
+
+@dataclass
+class Echo:
+    """A generator that says the same to each record, and notes the penalties."""
+
+    said: str = RIGHT
+    ended: bool = True
+    fingerprint: str = "echo"
+    penalties: list[float] = field(default_factory=list)
+
+    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated]:
+        self.penalties += penalties
+        return [Generated(self.said, 9, self.ended) for _ in records]
+
+
+def record(own: str = "<think>\nred.\n</think>\n\\boxed{red}", **facts: object) -> ReasoningRecord:
+    turns = (("user", "<image>what colour?"), ("assistant", own))
+    return ReasoningRecord("r-1", (PICTURE,), turns, metadata={"answer": "red", **facts})
+
+
+def test_the_penalty_by_hand() -> None:
+    assert penalty(1, 1, 1, alpha=0.5) == 1
+    assert penalty(0, 0, 0, alpha=0.5) == pytest.approx(math.exp(0.5))
+    assert penalty(0, 0, 0, alpha=0.7) == 2  # ln 2 = 0.693 is the largest alpha that the limit never binds
+    hard = (0.2 + 2 * 0.5 + 3 * 0.9) / 6
+    assert penalty(0.2, 0.5, 0.9, alpha=0.4, beta=2, gamma=3) == pytest.approx(math.exp(0.4 * (1 - hard)))
+    assert [normalised(v, 2, 6) for v in (1, 2, 3, 6, 7)] == [0, 0, 0.25, 1, 1] and normalised(5, 5, 5) == 0.5
+
+
+def test_ratings_are_summed_and_kept_as_columns() -> None:
+    ratings = {name: i for i, name in enumerate(NAMES, 1)}
+    step = VlmChainScores(Said(lambda text: json.dumps(ratings)))
+    found = step.score([record()])[0]
+    assert set(found) == {c.name for c in step.columns()}
+    assert (found["cot_vision"], found["cot_text"], found["cot_integration"]) == (1 + 2, 3 + 4 + 5, 6)
+    assert found["cot_note"] is None and all(meaning in step.endpoint.asked[0] for meaning in CRITERIA["text"].values())
+
+
+@pytest.mark.parametrize(
+    ("reply", "note"),
+    [
+        ("I like it", "expected one JSON object"),
+        (json.dumps(dict.fromkeys(NAMES, 11)), "expected a number from 0 to 10"),
+        (json.dumps(dict.fromkeys(NAMES, True)), "expected a number"),
+        (json.dumps(dict.fromkeys(NAMES[:-1], 1)), "integration is null"),
+    ],
+)
+def test_nonsense_is_no_score(reply: str, note: str) -> None:
+    found = VlmChainScores(Said(lambda text: reply)).score([record()])[0]
+    assert note in found["cot_note"] and all(v is None for name, v in found.items() if name != "cot_note")
+
+
+def test_other_records_have_no_score() -> None:
+    caption = TextImageRecord("t-1", PICTURE, "a cat")
+    for step in (VlmChainScores(Said(lambda text: "{}")), SceneChainScores()):
+        assert step.score([caption])[0]["cot_note"]
+    assert SceneChainScores().score([record()])[0]["cot_note"] == "no question about a scene"
+
+
+def shards(path: Path, count: int = 40) -> Path:
+    Recipe(SceneQuestions(1, {"chain": count}), records_per_shard=16).build(path)
+    score(path, [SceneChainScores()], Local())
+    return path
+
+
+def test_lengths_are_controlled_by_what_was_scored(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "chains")
+    rows = [row for path in sidecars(folder) for row in pq.read_table(path).to_pylist() if row["field"] == "json"]
+    found = LengthControl(str(folder), alpha=0.5).penalties()
+    assert set(found) == {row["key"] for row in rows}
+    ranges = {n: [row[f"cot_{n}"] for row in rows] for n in ("vision", "text", "integration")}
+    for row in rows:
+        scaled = [normalised(row[f"cot_{name}"], min(values), max(values)) for name, values in ranges.items()]
+        assert found[row["key"]] == penalty(*scaled, alpha=0.5)
+    assert min(found.values()) >= 1 and len(set(found.values())) > 5
+    assert set(LengthControl(str(folder), alpha=0.0).penalties().values()) == {1.0}
+
+
+def test_scores_must_be_there(tmp_path: Path) -> None:
+    Recipe(SceneQuestions(1, {"chain": 4})).build(tmp_path / "plain")
+    with pytest.raises(InputError, match=r"no column cot_vision.*score_chains.yaml"):
+        LengthControl(str(tmp_path / "plain")).penalties()
+
+
+def test_a_round_keeps_rewrites_and_rejects(tmp_path: Path) -> None:
+    """The generator says "yes" to all: right for some questions about scenes, wrong for others."""
+    folder = shards(tmp_path / "chains")
+    generator = Echo("I see it.\n</think>\n\\boxed{yes}")
+    step = DistillChains(generator, AnswerJudge(), LengthControl(str(folder), alpha=0.5))
+    columns = Metadata({"cot_penalty": "number", "cot_decision": "text"})
+    Recipe(WebDataset(str(folder)), [step, columns]).build(tmp_path / "out")
+    assert len(load_index(tmp_path / "out")) == 40 and len(set(generator.penalties)) > 5
+    decisions = set()
+    for found in load_index(tmp_path / "out"):
+        facts = json.loads(read_member(found, "json"))
+        decisions.add(facts["metadata"]["cot_decision"])
+        said = facts["turns"][-1][1]
+        assert said.startswith("<think>\n") and said.endswith(f"\\boxed{{{facts['metadata']['answer']}}}")
+        assert ("I see it" in said) == (facts["metadata"]["cot_decision"] == "keep")
+    assert decisions == {"keep", "rewrite"}
+
+
+def test_what_was_cut_off_or_cannot_be_judged_is_rejected_by_name() -> None:
+    def one(generator: Echo, judge: object, own: ReasoningRecord) -> Record | Rejected:
+        return DistillChains(generator, judge).rewrite([own])[0]
+
+    nonsense = EndpointJudge(Said(lambda text: "maybe"))
+    cases = {
+        "chain cut off": one(Echo(ended=False), AnswerJudge(), record()),
+        "judge unusable": one(Echo(), nonsense, record()),
+        "chain rejected": one(Echo("x</think>\\boxed{blue}"), AnswerJudge(), record("red")),
+    }
+    for reason, found in cases.items():
+        assert isinstance(found, Rejected) and found.reason == reason
+    open_ended = one(Echo("no end of thoughts \\boxed{red}"), AnswerJudge(), record())
+    assert isinstance(open_ended, Rejected) and open_ended.reason == "chain cut off"
+    caption = DistillChains(Echo(), AnswerJudge()).rewrite([TextImageRecord("t-1", PICTURE, "a cat")])[0]
+    assert isinstance(caption, Rejected) and caption.reason == "no conversation"
+
+
+@pytest.mark.parametrize(
+    ("reply", "wanted"),
+    [
+        ({"decision": "keep", "reasoning": ""}, Judgement("keep", RIGHT)),
+        ({"decision": "reject", "reasoning": ""}, Judgement("reject", None, "by the judge")),
+        (
+            {"decision": "rewrite", "reasoning": "It is red."},
+            Judgement("rewrite", "<think>\nIt is red.\n</think>\n\\boxed{red}"),
+        ),
+    ],
+)
+def test_a_judge_behind_an_endpoint_decides(reply: dict, wanted: Judgement) -> None:
+    endpoint = Said(lambda text: json.dumps(reply))
+    assert EndpointJudge(endpoint).judge(record(), RIGHT) == wanted
+    assert 'Right answer: "red"' in endpoint.asked[0]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "no JSON",
+        '{"decision": "perhaps"}',
+        '{"decision": "rewrite"}',
+        '{"decision": "rewrite", "reasoning": "  "}',
+        '{"decision": "rewrite", "reasoning": "</think>\\\\boxed{blue}"}',
+        '{"decision": ["keep"]}',
+    ],
+)
+def test_a_judge_that_answers_nonsense_has_said_nothing(reply: str) -> None:
+    with pytest.raises(Unanswered):
+        EndpointJudge(Said(lambda text: reply)).judge(record(), RIGHT)
+
+
+def test_a_record_without_an_answer_cannot_be_judged() -> None:
+    for judge in (AnswerJudge(), EndpointJudge(Said(lambda text: '{"decision": "keep"}'))):
+        with pytest.raises(Unanswered, match="no answer"):
+            judge.judge(record(answer=""), RIGHT)
+
+
+def test_too_much_rejection_stops_a_round(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "chains", 16)
+    recipe = Recipe(WebDataset(str(folder)), [DistillChains(Echo(ended=False), AnswerJudge())], max_rejected=0.5)
+    with pytest.raises(InputError, match="chain cut off"):
+        recipe.build(tmp_path / "out")

@@ -1,0 +1,92 @@
+"""A generator of chains for the data pipeline, and engines that sample answers."""
+
+from __future__ import annotations
+
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from chains import folder
+from PIL import Image
+
+from data_pipeline.errors import InputError
+from data_pipeline.records import EncodedImage, ReasoningRecord
+from lightning_modules.networks.layout import Layout
+from lightning_modules.networks.r1v import CLOSE, R1VModel, token_id
+from lightning_modules.pipelines.answering import Decoding, TransformersEngine, VllmEngine
+from lightning_modules.pipelines.chain_generator import ChainGenerator
+
+
+def record(key: str, text: str = "<image>how many?", pictures: int = 1) -> ReasoningRecord:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "PNG")
+    shown = (EncodedImage(buffer.getvalue(), "png"),) * pictures
+    return ReasoningRecord(key, shown, (("user", text), ("assistant", "two")))
+
+
+def test_each_record_is_answered_under_its_own_penalty() -> None:
+    generator = ChainGenerator(folder(), Decoding(8, temperature=0.0), context=128)
+    records = [record(f"r-{i}") for i in range(3)]
+    plain, strong, again = generator.generate(records, [1.0, 1.9, 1.0])
+    assert plain == again != strong  # three times the same question
+    assert plain.tokens == 8 and not plain.ended and generator.fingerprint
+
+
+def test_what_cannot_be_asked_says_why() -> None:
+    generator = ChainGenerator(folder(), Decoding(8), context=64)
+    missing, long, sound = generator.generate(
+        [record("a", pictures=0), record("b", "<image>" + "how many? " * 40), record("c")], [1.0] * 3
+    )
+    assert missing.refused.startswith("missing picture") and long.refused.startswith("too long")
+    assert not sound.refused and sound.tokens
+
+
+def model_and_prompts() -> tuple[R1VModel, list]:
+    model = R1VModel.from_folder(folder())
+    shown = [torch.full((3, 64, 64), value, dtype=torch.uint8) for value in (10, 200)]
+    return model, [Layout.of(model).prompt([("user", "<image>what?")], [each]) for each in shown]
+
+
+def test_answers_never_hold_a_pictures_token_and_a_bias_ends_thoughts() -> None:
+    model, prompts = model_and_prompts()
+    found = TransformersEngine().answers(model, prompts, 8, Decoding(12), 0)
+    assert len(found) == 16 and all(model.image_token not in tokens for tokens in found)
+    biased = TransformersEngine().answers(model, prompts, 1, Decoding(4, 0.0, end_bias=1e3), 0)
+    assert all(tokens.tolist() == [token_id(model.tokenizer, CLOSE)] * 4 for tokens in biased)
+    again = TransformersEngine().answers(model, prompts, 8, Decoding(12), 0)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_vllm_gets_embeddings_and_never_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        """What of vLLM is called."""
+
+        def __init__(self, **options: object) -> None:
+            self.options = options
+
+        def generate(self, prompts: list, settings: SimpleNamespace) -> list:
+            assert settings.n == 2 and settings.max_tokens == 5
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(token_ids=[i, len(p["prompt_embeds"])]) for i in range(2)])
+                for p in prompts
+            ]
+
+    fake = SimpleNamespace(LLM=Fake, SamplingParams=lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    model, prompts = model_and_prompts()
+    model.requires_grad_(False)
+    engine = VllmEngine("models/llm", {"tensor_parallel_size": 8})
+    found = engine.answers(model, prompts, 2, Decoding(5), 0)
+    assert [tokens.tolist() for tokens in found] == [[i, len(p.input_ids)] for p in prompts for i in range(2)]
+    assert engine._engine.options == {"model": "models/llm", "enable_prompt_embeds": True, "tensor_parallel_size": 8}
+    model.language.requires_grad_(True)
+    with pytest.raises(InputError, match="frozen language model"):
+        engine.answers(model, prompts, 2, Decoding(5), 0)
+
+
+def test_vllm_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(InputError, match="pip install vllm"):
+        VllmEngine("models/llm").loaded()
