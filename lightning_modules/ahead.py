@@ -197,9 +197,11 @@ def config_of(argv: Sequence[str]) -> tuple[Path, list[str]]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("-c", "--config", required=True)
     known, overrides = parser.parse_known_args(argv)
-    words = " ".join(overrides).split()
-    pairs = [f"{word}={words[i + 1]}" for i, word in enumerate(words[:-1]) if "=" not in word and word[:2] == "--"]
-    return Path(known.config), [*pairs, *(word for word in words if "=" in word)]
+    left, pairs = list(overrides), []
+    while left:
+        word = left.pop(0)
+        pairs.append(word if "=" in word or not left else f"{word}={left.pop(0)}")
+    return Path(known.config), pairs
 
 
 def fields(config: dict[str, Any]) -> list[str]:
