@@ -138,6 +138,7 @@ def class_of(path: Path) -> type:
     module, _, name = yaml.safe_load(path.read_text())["model"]["class_path"].rpartition(".")
     return getattr(importlib.import_module(module), name)
 
+
 def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
     experiment = read(ROOT / "configs" / "experiments" / "r1v.yaml")
     found = {}

@@ -46,7 +46,7 @@ class KontextAttnProcessor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention; on a CPU in float32, as its backward pass in bfloat16 takes six times as long there."""
+    """Scaled dot-product attention; on a CPU in float32, as the bfloat16 kernel is slow backward."""
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     with torch.autocast("cpu", enabled=False):
