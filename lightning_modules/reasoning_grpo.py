@@ -133,8 +133,8 @@ class ReasoningGrpoModule(L.LightningModule):
         if self.idle == PATIENCE:
             raise InputError(
                 f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the "
-                "same, have no score or were cut off. Look at reward/* and answers/* in TensorBoard; take easier or harder "
-                "questions, larger groups, or more max_new_tokens"
+                "same, have no score or were cut off. Look at reward/* and answers/* in TensorBoard; take easier "
+                "or harder questions, larger groups, or more max_new_tokens"
             )
         self.waiting += found
         # All devices learn together, from equally many groups.
