@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,28 +130,46 @@ class Run:
         versions = (RUNS / self.name).glob("version_*")
         return any(checkpoints(v / "checkpoints") and not (v / SUMMARY).exists() for v in versions)
 
-    def fit(self) -> None:
-        """Runs it to its end; what it prints goes to log.txt in its folder."""
+    def fit(self, threads: int | None = None) -> float:
+        """Runs it to its end, unless it is finished; what it prints goes to log.txt in its folder. Returns the minutes.
+
+        Two chains that share it wait for each other. `threads` are those of its process, by default as many as it likes.
+        """
+        log = RUNS / self.name / LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(log.with_name(".lock")):
+            started = time.monotonic()
+            if not self.finished:
+                self._fit(threads)
+            return (time.monotonic() - started) / 60
+
+    def _fit(self, threads: int | None) -> None:
         fit = ["lightning_modules.cli", "fit", "-c", str(self.config)]
         if not self.link.in_place:
             text = yaml.safe_dump(self.content, sort_keys=False, width=120)
             write(self.config, f"# python -m {' '.join(fit)}\n{text}")
         for folder, recipe in self.link.build.items():
-            self.call(["data_pipeline", "build", "-c", str(recipe), "--output", folder])
+            Path(folder).parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):  # other runs may want it too
+                self.call(["data_pipeline", "build", "-c", str(recipe), "--output", folder], threads)
         if self.recipe is not None:
             output = folder_of(self.name, self.recipe)
             write(output.with_suffix(".yaml"), yaml.safe_dump(self.recipe, sort_keys=False, width=120))
-            self.call(["data_pipeline", "build", "-c", str(output.with_suffix(".yaml")), "--output", str(output)])
-        self.call([*fit, "--resume"] if self.resumable else fit)
+            self.call(
+                ["data_pipeline", "build", "-c", str(output.with_suffix(".yaml")), "--output", str(output)], threads
+            )
+        self.call([*fit, "--resume"] if self.resumable else fit, threads)
         if not self.finished:
             raise InputError(f"{self.name} wrote no {SUMMARY}; see {RUNS / self.name / LOG}")
 
-    def call(self, module: Sequence[str]) -> None:
+    def call(self, module: Sequence[str], threads: int | None) -> None:
         """One command as a process of its own."""
-        log = RUNS / self.name / LOG
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log, environment = RUNS / self.name / LOG, dict(os.environ)
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         with log.open("ab") as file:
-            code = subprocess.run([sys.executable, "-m", *module], stdout=file, stderr=subprocess.STDOUT).returncode
+            command = [sys.executable, "-m", *module]
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
             raise InputError(
@@ -163,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-c", "--config", type=Path, required=True, help="an experiment of configs/experiments")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="run these arms alone")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="in place of the config's")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="chains at a time, with as many threads for all"
+    )
     parser.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
     parser.add_argument("--table", action="store_true", help="write the table of what is finished, and run nothing")
     arguments = parser.parse_args(argv)
@@ -171,12 +194,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms, seeds = arguments.only or list(experiment.arms), arguments.seeds or experiment.seeds
         if unknown := sorted(set(arms) - set(experiment.arms)):
             raise InputError(f"--only names {', '.join(unknown)}; the arms are {', '.join(experiment.arms)}")
+        if arguments.jobs < 1:
+            raise InputError(f"--jobs is {arguments.jobs}; expected at least 1")
         if arguments.plan:
             print("\n".join(plan(experiment, folder.name, arms, seeds)))
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            failed = [] if arguments.table else list(run_missing(experiment, folder, arms, seeds))
+            failed = [] if arguments.table else list(run_missing(experiment, folder, arms, seeds, arguments.jobs))
             print(table(experiment, folder, seeds))
     except (InputError, CheckpointError, OSError, Timeout) as error:
         busy = f"another process runs {arguments.config}; wait for it"
@@ -265,21 +290,30 @@ def plan(experiment: Experiment, name: str, arms: Sequence[str], seeds: Sequence
     yield f"{len(seen)} runs, {len(missing)} of them to run: about {minutes:.0f} minutes"
 
 
-def run_missing(experiment: Experiment, folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+def run_missing(
+    experiment: Experiment, folder: Path, arms: Sequence[str], seeds: Sequence[int], jobs: int = 1
+) -> Iterator[str]:
     """Runs what is not finished, all arms of one seed before the next; yields what failed, and goes on with others."""
-    for seed in seeds:
-        for arm in arms:
-            try:
-                for each in chain(experiment, folder.name, arm, seed):
-                    if not each.finished:
-                        started = time.monotonic()
-                        print(f"{arm}, seed {seed}: {each.name}", flush=True)
-                        each.fit()
-                        print(f"  {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
-            except InputError as error:
-                print(f"  {error}", flush=True)
-                yield f"failed: {error}"
-            table(experiment, folder, seeds)
+    threads = None if jobs == 1 else max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // jobs)
+
+    def run_chain(arm: str, seed: int) -> None:
+        for each in chain(experiment, folder.name, arm, seed):
+            if not each.finished:
+                print(f"{arm}, seed {seed}: {each.name}", flush=True)
+                print(f"{each.name}: {each.fit(threads):.1f} minutes", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        chains = [pool.submit(run_chain, arm, seed) for seed in seeds for arm in arms]
+        try:
+            for one in as_completed(chains):
+                if isinstance(error := one.exception(), InputError):
+                    print(f"  {error}", flush=True)
+                    yield f"failed: {error}"
+                elif error is not None:
+                    raise error
+                table(experiment, folder, seeds)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def table(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> str:

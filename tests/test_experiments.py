@@ -66,8 +66,8 @@ def test_a_round_is_made_by_the_run_before(tmp_path: Path, monkeypatch: pytest.M
     assert run.recipe == {"steps": [{"init_args": {"pretrained": "runs/micro/latest/export", "alpha": 0.5}}]}
     [made] = run.content["data"]["init_args"]["shards"]
     called: list[list[str]] = []
-    monkeypatch.setattr(Run, "call", lambda self, module: called.append(list(module)))
-    monkeypatch.setattr(Run, "finished", True)
+    monkeypatch.setattr(Run, "call", lambda self, module, threads: called.append(list(module)))
+    monkeypatch.setattr(Run, "finished", property(lambda self: bool(called)))
     run.fit()
     assert called[0] == ["data_pipeline", "build", "-c", f"{made}.yaml", "--output", made]
     assert yaml.safe_load(Path(f"{made}.yaml").read_text()) == run.recipe
@@ -202,11 +202,13 @@ def rows(folder: Path) -> list[dict]:
 
 
 def test_what_is_missing_is_run_and_nothing_twice(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    path = experiment(folder, seeds=[0], arms={"none": ["base"], "one": ["base", "train"]})
+    arms = {"none": ["base"], "one": ["base", "train"], "the same": ["base", "train"]}
+    path = experiment(folder, seeds=[0], arms=arms)
     start(folder)
-    assert main(["-c", str(path)]) == 0, capsys.readouterr().out
-    assert [(row["arm"], row["evaluations"]) for row in rows(folder)] == [("none", 0), ("one", 12)]
+    assert main(["-c", str(path), "--jobs", "3"]) == 0, capsys.readouterr().out
+    assert [(row["arm"], row["evaluations"]) for row in rows(folder)] == [("none", 0), ("one", 12), ("the same", 12)]
     log = next((folder / "runs/experiments/small/train").glob("*/log.txt"))
+    assert log.read_text().count("Seed set to 0") == 1
     before = log.stat().st_size
     assert main(["-c", str(path)]) == 0 and log.stat().st_size == before
     config = next((folder / "runs/configs/experiments/small/train").glob("*.yaml"))
