@@ -117,8 +117,8 @@ def random_question(rng: random.Random, level: int, split: str, kind: str) -> Qu
     """A question about a scene of `split`.
 
     "after": what a picture will show once an instruction is done. "fix": the instruction that makes it fit a caption.
-    "plan": the places of what a caption names, without a picture. Half of what is asked of training scenes is worded as a
-    Metaquery model is asked to edit and to generate, which a VLM of the full size understands by itself.
+    "plan": the places of what a caption names, without a picture. Half of these questions about training scenes are
+    worded as a Metaquery model is asked to edit and to generate, which a VLM of the full size understands by itself.
     """
     if kind in ("after", "fix"):
         edit = random_edit(rng, level, split)
