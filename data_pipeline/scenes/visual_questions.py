@@ -117,12 +117,14 @@ def random_question(rng: random.Random, level: int, split: str, kind: str) -> Qu
     """A question about a scene of `split`.
 
     "after": what a picture will show once an instruction is done. "fix": the instruction that makes it fit a caption.
-    "plan": the places of what a caption names, without a picture.
+    "plan": the places of what a caption names, without a picture. Half of these questions about training scenes are
+    worded as a Metaquery model is asked to edit and to generate, which a VLM of the full size understands by itself.
     """
     if kind in ("after", "fix"):
         edit = random_edit(rng, level, split)
         if kind == "after":
-            return Question(kind, f"What will it show? {edit.instruction}", listing(edit.target), edit.source)
+            asked = "" if split == "train" and rng.random() < 0.5 else "What will it show? "
+            return Question(kind, f"{asked}{edit.instruction}", listing(edit.target), edit.source)
         caption = placed(rng, edit.target) if rng.random() < 0.5 else listing(edit.target)
         return Question(kind, change(caption), instruction(edit), edit.source)
     while True:
@@ -131,7 +133,8 @@ def random_question(rng: random.Random, level: int, split: str, kind: str) -> Qu
             break
     if kind != "plan":
         return ask(rng, scene, kind)
-    return Question(kind, f"Where is what? {placed(rng, scene)}", listing(scene), None)
+    asked = "Generate an image:" if split == "train" and rng.random() < 0.5 else "Where is what?"
+    return Question(kind, f"{asked} {placed(rng, scene)}", listing(scene), None)
 
 
 def placed(rng: random.Random, scene: Scene) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from PIL import Image
 
+from lightning_modules.pipelines import MetaqueryPipeline
 from lightning_modules.pipelines.grape import refine
 
 
-class Painter:
+class Painter(MetaqueryPipeline):
     """Answers by a picture's brightness, and its edits add one to it."""
 
     def __init__(self) -> None:
