@@ -68,7 +68,7 @@ class SceneQuestions:
         scene, question = draw(rng, self.level, split, self.kinds or tuple(KINDS))
         score = rng.choice(list(FLAWS)) if split == "train" and rng.random() < self.flawed else BEST
         told = question if score == BEST else flawed(rng, question, score, scene)
-        seen = in_words(scene, rng) + "\n" if self.words else "<image>\n"
+        seen = in_words(scene, rng) + "\n" if self.words else "<image>"
         pictures = () if self.words else (encode_png(scene),)
         facts = {
             "answer": question.answer,

@@ -105,7 +105,7 @@ def answers(
 
 def asked(scene: Scene, question: Question, mode: str) -> str:
     """What a user says."""
-    before = {"pictures": MARK + "\n", "words": in_words(scene, random.Random(scene.canonical)) + "\n", "blind": ""}
+    before = {"pictures": MARK, "words": in_words(scene, random.Random(scene.canonical)) + "\n", "blind": ""}
     return before[mode] + question.text
 
 
