@@ -132,7 +132,7 @@ class ReasoningGrpoModule(L.LightningModule):
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
-                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the same, "
+                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth alike, "
                 "have no score or were cut off. Look at reward/* and answers/* in TensorBoard; take easier or harder "
                 "questions, larger groups, or more max_new_tokens"
             )
