@@ -307,7 +307,7 @@ class ReasoningGrpoModule(L.LightningModule):
         logs = []
         self.model.language.train(
             self.recompute
-        )  # transformers recomputes in this mode alone, and keeps no cache in it
+        )  # the mode in which transformers recomputes
         for batch in batches:
             new, spread = self.log_probs(batch)
             loss, metrics = self.algorithm.loss(new, batch, totals)
