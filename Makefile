@@ -32,6 +32,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/select_records.py
 	$(BIN)/python tests/benchmarks/serve_triplets.py
 	$(BIN)/python tests/benchmarks/plan_billion.py
+	$(BIN)/python tests/benchmarks/verify_answers.py
 
 data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1

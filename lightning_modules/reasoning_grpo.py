@@ -305,9 +305,7 @@ class ReasoningGrpoModule(L.LightningModule):
         learned = sum(float(batch.mask.sum()) for batch in batches)
         totals = Totals(self.across(learned, "mean"), float(len(answers)))
         logs = []
-        self.model.language.train(
-            self.recompute
-        )  # the mode in which transformers recomputes
+        self.model.language.train(self.recompute)  # the mode in which transformers recomputes
         for batch in batches:
             new, spread = self.log_probs(batch)
             loss, metrics = self.algorithm.loss(new, batch, totals)
