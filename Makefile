@@ -41,6 +41,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/plan_billion.py
 	$(BIN)/python tests/benchmarks/connector_mfu.py
 	$(BIN)/python tests/benchmarks/compiled_bf16.py
+	$(BIN)/python tests/benchmarks/verify_answers.py
 
 data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1

@@ -133,7 +133,7 @@ class Run:
     def fit(self, threads: int | None = None) -> float:
         """Runs it to its end, unless it is finished; what it prints goes to log.txt in its folder. Returns the minutes.
 
-        Two chains that share it wait for each other. `threads` are those of its process, by default as many as it likes.
+        Chains that share it wait for each other. `threads` are those of its process, by default as many as it likes.
         """
         log = RUNS / self.name / LOG
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,7 @@ class ReasoningGrpoModule(L.LightningModule):
         max_grad_norm: the norm that gradients are clipped to.
         steps: updates of the whole run, for the schedule.
         context: tokens of a question and its answer, at most; longer questions are left out and counted.
+        recompute: keep no activations of the language model: less memory, for another forward pass in each update.
         seed: the seed of every draw.
     """
 
@@ -79,6 +80,7 @@ class ReasoningGrpoModule(L.LightningModule):
         max_grad_norm: float = 1.0,
         steps: int = 1000,
         context: int = 16384,
+        recompute: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class ReasoningGrpoModule(L.LightningModule):
         self.pretrained, self.rewards, self.algorithm, self.advantages = pretrained, rewards, algorithm, advantages
         self.sampling, self.overlong, self.buffer, self.engine = sampling, overlong, buffer, engine
         self.train_parts, self.optimizer_settings, self.max_grad_norm = list(train), optimizer, max_grad_norm
-        self.steps, self.context, self.seed = steps, context, seed
+        self.steps, self.context, self.recompute, self.seed = steps, context, recompute, seed
         self.model: Any = None
         self.waiting: list[list[Answer]] = []
         self.updates, self.asked, self.idle = 0, 0, 0
@@ -106,6 +108,8 @@ class ReasoningGrpoModule(L.LightningModule):
         self.model = R1VModel.from_folder(resolve(self.pretrained))
         for name in ("projector", "language", "vision"):
             getattr(self.model, name).requires_grad_(name in self.train_parts)
+        if self.recompute:
+            self.model.language.gradient_checkpointing_enable()
         self.layout = Layout.of(self.model, self.context - self.sampling.max_new_tokens)
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
         if self.algorithm.needs_reference:
@@ -132,9 +136,9 @@ class ReasoningGrpoModule(L.LightningModule):
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
-                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth the "
-                "same, have no score or were cut off. Look at reward/* and answers/* in TensorBoard; take easier "
-                "or harder questions, larger groups, or more max_new_tokens"
+                f"{PATIENCE} batches of questions in a row taught nothing: in each group all answers are worth alike, "
+                "have no score or were cut off. Look at reward/* and answers/* in TensorBoard; take easier or harder "
+                "questions, larger groups, or more max_new_tokens"
             )
         self.waiting += found
         # All devices learn together, from equally many groups.
@@ -149,6 +153,8 @@ class ReasoningGrpoModule(L.LightningModule):
         for i, key in enumerate(batch.keys):
             try:
                 sample = self.layout.prompt(batch.turns[i], batch.pictures[i])
+                if self.train_parts == ["projector"] and not len(sample.tiles):
+                    raise LayoutError("no picture", "the projector learns nothing from words alone")
             except LayoutError as error:
                 refused += 1
                 logger.warning("question %s is left out: %s", key, error)
@@ -299,12 +305,14 @@ class ReasoningGrpoModule(L.LightningModule):
         learned = sum(float(batch.mask.sum()) for batch in batches)
         totals = Totals(self.across(learned, "mean"), float(len(answers)))
         logs = []
+        self.model.language.train(self.recompute)  # the mode in which transformers recomputes
         for batch in batches:
             new, spread = self.log_probs(batch)
             loss, metrics = self.algorithm.loss(new, batch, totals)
             self.manual_backward(loss)
             seen = torch.where(batch.mask > 0, spread, 0.0).sum() / batch.mask.sum().clamp_min(1)
             logs.append(metrics | {"loss": loss.detach() * len(batches), "entropy": seen})
+        self.model.language.eval()
         self.log("train/grad_norm", self._gradients.norm(), batch_size=1)
         self._gradients.clip(self.max_grad_norm)
         optimizer.step()

@@ -142,7 +142,8 @@ def class_of(path: Path) -> type:
 def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
     experiment = read(ROOT / "configs" / "experiments" / "r1v.yaml")
     found = {}
-    for name in ("third_pass", "reassembled", "iteration_3", "other_third_pass", "direct"):
+    supervised = ("third_pass", "reassembled", "iteration_3", "other_third_pass", "direct")
+    for name in (*supervised, "grpo", "grpo_buffer", "mixed_preference"):
         link = experiment.links[name]
         content = effective(experiment.set, replace(link, config=ROOT / link.config), 3, {})
         path = tmp_path / f"{name}.yaml"
@@ -153,6 +154,8 @@ def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
     assert found["third_pass"].datamodule.minimum == {"score": 4}
     assert found["third_pass"].model.optimizer_settings.lr == pytest.approx(4e-4)
     assert found["reassembled"].model.iteration is None
+    assert found["grpo"].model.buffer is None and found["grpo_buffer"].model.buffer.share == 0.5
+    assert found["mixed_preference"].model.algorithm.weights == (0.8, 0.2, 1.0)
     assert found["other_third_pass"].model.folders == ("pocket/tower", "pocket/other", None)
 
 

@@ -148,9 +148,11 @@ def test_what_cannot_be_asked_is_left_out_named_and_counted(tmp_path: Path, capl
     batch = asked(0, 4)
     batch.pictures[1] = []  # a record without its image
     batch.turns[2] = (("user", "<image>" + "how many? " * 100), ("assistant", "two"))  # longer than the context
+    batch.turns[3], batch.pictures[3] = (("user", "how many?"), ("assistant", "two")), []  # nothing for a projector
     with caplog.at_level(logging.WARNING):
         trained(module, [batch, *(asked(i) for i in range(1, 4))], 2, tmp_path)
-    assert seen["answers/questions_left_out"][0] == 0.5
+    assert seen["answers/questions_left_out"][0] == 0.75
+    assert "k0-3 is left out: no picture" in caplog.text
     assert "k0-1 is left out: missing picture" in caplog.text and "k0-2 is left out: too long" in caplog.text
 
 
@@ -163,6 +165,15 @@ def test_answers_that_are_cut_off_are_counted_and_not_learned_from(tmp_path: Pat
     answers = module.sample(module.questions(asked(9)))
     learned = module.padded(answers).mask.sum(dim=1)
     assert [bool(n) for n in learned] == [answer.ended for answer in answers]
+
+
+def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
+    states = []
+    for recompute in (False, True):
+        module = grpo(recompute=recompute)
+        trained(module, [asked(i) for i in range(2)], 2, tmp_path)
+        states.append(module.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_a_context_without_room_is_refused() -> None:
