@@ -19,7 +19,7 @@ from parallel import CLIP, STEPS, VARIANTS, trained
 from lightning_modules.pipelines import KontextPipeline
 
 ROOT = Path(__file__).parents[1]
-EXACT, LOW = 2e-5, 2e-2  # relative: of float32, whose sums are taken in another order; of bfloat16
+EXACT, LOW = 2e-5, 5e-3  # relative: of float32, whose sums are taken in another order; of bfloat16
 
 
 def two_ranks(output: Path, *names: str) -> None:
