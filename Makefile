@@ -32,7 +32,6 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/select_records.py
 	$(BIN)/python tests/benchmarks/serve_triplets.py
 	$(BIN)/python tests/benchmarks/plan_billion.py
-	$(BIN)/python tests/benchmarks/compiled_bf16.py
 
 data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1
