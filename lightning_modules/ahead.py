@@ -179,7 +179,7 @@ def bad_fields(argv: Sequence[str], outline: Outliner, error: Exception) -> Iter
             yield f"{path}: {field}: {message}"
             config = without(config, field)
     if not absent:
-        yield f"{path}: {' '.join(str(error).split())}"
+        yield f"{path}: {reason(error)}"
 
 
 def refusal(config: dict[str, Any], copy: Path, outline: Outliner) -> str | None:
@@ -188,8 +188,15 @@ def refusal(config: dict[str, Any], copy: Path, outline: Outliner) -> str | None
     try:
         outline(["--config", str(copy)])
     except (ValueError, TypeError) as error:
-        return " ".join(str(error).split())
+        return reason(error)
     return None
+
+
+def reason(error: Exception) -> str:
+    """What the argument parser found, without the values that it was given and the types that it tried in vain."""
+    text = " ".join(str(error).split()).partition(" Given value")[0]
+    inner = text.partition(" Errors: - ")[2] or text
+    return inner.removesuffix(" - Expected a <class 'NoneType'>")
 
 
 def config_of(argv: Sequence[str]) -> tuple[Path, list[str]]:

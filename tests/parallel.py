@@ -113,7 +113,11 @@ def trained(
     trainer.fit(module, DataLoader(Stream(mine), batch_size=None), ckpt_path=resume)
     average = {key: value.tolist() for key, value in ema.state_dict()["shadow"].items() if "proj_out" in key}
     norm = float(module.gradient_norm())
-    return {"losses": losses, "average": average, "norm": norm, "batches": [b.task for b in mine]}
+    untrained = KontextModule(folder)
+    untrained.configure_model()
+    before = dict(untrained.transformer.named_parameters())["proj_out.weight"]
+    moved = float((ema.state_dict()["shadow"]["transformer.proj_out.weight"] - before.detach()).abs().max())
+    return {"losses": losses, "average": average, "norm": norm, "moved": moved, "batches": [b.task for b in mine]}
 
 
 def main(output: Path, names: list[str]) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from micro import built
-from parallel import STEPS, VARIANTS, trained
+from parallel import CLIP, STEPS, VARIANTS, trained
 
 from lightning_modules.pipelines import KontextPipeline
 
 ROOT = Path(__file__).parents[1]
-EXACT, LOW = 2e-5, 2e-2  # relative: of float32, whose sums are taken in another order; of bfloat16
+EXACT, LOW = 2e-5, 5e-3  # relative: of float32, whose sums are taken in another order; of bfloat16
 
 
 def two_ranks(output: Path, *names: str) -> None:
@@ -75,7 +75,8 @@ def close(found: list[float], wanted: list[float], tolerance: float) -> None:
 
 def test_batches_of_both_tasks_are_trained_on_and_clipped(plain: dict[str, Any]) -> None:
     assert set(plain["batches"]) == {"text_to_image", "edit"}
-    assert len(plain["losses"]) == STEPS and plain["losses"][-1] != plain["losses"][-3]
+    assert len(plain["losses"]) == STEPS
+    assert plain["norm"] > 2 * CLIP and plain["moved"] > 1e-4
 
 
 def test_accumulation_equals_a_big_batch(plain: dict[str, Any], tmp_path: Path) -> None:

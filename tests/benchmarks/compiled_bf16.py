@@ -16,6 +16,7 @@ import time
 import torch
 
 from data_pipeline.batches import ImageBatch
+from lightning_modules.cli import quiet
 from lightning_modules.kontext import KontextModule
 from lightning_modules.networks.compute import Compute
 from lightning_modules.schedule import AdamW
@@ -74,6 +75,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
+    quiet()
     steps = {name: Step(*settings, arguments.batch) for name, settings in VARIANTS.items()}
     for step in steps.values():
         for _ in range(3):
