@@ -72,7 +72,7 @@ def failing(metadata: Mapping[str, Any], minimum: Mapping[str, float], equal: Ma
     """Why a record does not pass; "" if it does."""
     for name, least in minimum.items():
         value = metadata.get(name)
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return f"without a number {name}"
         if value < least:
             return f"with {name} below {least:g}"

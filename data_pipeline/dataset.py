@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -249,7 +249,7 @@ class TimedLoader:
         waited: seconds, in all.
     """
 
-    def __init__(self, loader: ThreadedLoader | DataLoader[ImageBatch]) -> None:
+    def __init__(self, loader: ThreadedLoader | DataLoader[Any]) -> None:
         self.loader, self.waited = loader, 0.0
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +28,15 @@ def normalised(value: float, low: float, high: float) -> float:
 
 
 # R1V (arXiv 2504.05599), section 2.3, the dynamic reasoning length controller.
-def penalty(
-    vision: float, text: float, integration: float, alpha: float, beta: float = 1.0, gamma: float = 1.0
-) -> float:
-    """min(2, exp(alpha (1 - (S_v + beta S_t + gamma S_I) / (1 + beta + gamma)))) of normalised scores.
+def penalty(scores: Sequence[float], alpha: float, beta: float = 1.0, gamma: float = 1.0) -> float:
+    """min(2, exp(alpha (1 - (S_v + beta S_t + gamma S_I) / (1 + beta + gamma)))) of normalised scores S_v, S_t, S_I.
 
     1, which penalises nothing, for the hardest question, and exp(alpha) for the easiest.
 
-    >>> round(penalty(0.5, 0.5, 0.5, alpha=0.4), 4), penalty(0, 0, 0, alpha=9.0)
+    >>> round(penalty((0.5, 0.5, 0.5), alpha=0.4), 4), penalty((0, 0, 0), alpha=9.0)
     (1.2214, 2.0)
     """
+    vision, text, integration = scores
     hard = (vision + beta * text + gamma * integration) / (1 + beta + gamma)
     return min(HIGHEST, math.exp(alpha * (1 - hard)))
 
@@ -78,7 +78,7 @@ class LengthControl:
             if any(row[name] is None for name in SCORES):
                 continue
             values = [normalised(row[name], limits[name]["min"], limits[name]["max"]) for name in SCORES]
-            found[row["key"]] = penalty(*values, self.alpha, self.beta, self.gamma)
+            found[row["key"]] = penalty(values, self.alpha, self.beta, self.gamma)
         return found
 
 

@@ -37,7 +37,7 @@ Outliner = Callable[[Sequence[str]], Outline]
 
 def wanted(argv: Sequence[str]) -> bool:
     """Whether a command line is for this module."""
-    return argv[:1] in ([name] for name in COMMANDS) or (argv[:1] == ["fit"] and DRY_RUN in argv)
+    return list(argv[:1]) in [[name] for name in COMMANDS] or (argv[:1] == ["fit"] and DRY_RUN in argv)
 
 
 def run(argv: Sequence[str], outline: Outliner) -> int:

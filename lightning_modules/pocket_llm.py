@@ -26,7 +26,7 @@ from data_pipeline import scenes
 from data_pipeline.scenes import questions
 from data_pipeline.scenes.questions import Style, asked, draw, in_words, random_question, written
 from data_pipeline.scenes.renderer import render
-from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, random_scene
+from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, Scene, random_scene
 from lightning_modules.losses.tokens import answer_nll, token_weights
 from lightning_modules.networks import layout
 from lightning_modules.networks.layout import IGNORED, MEAN, STD, Sample, packed
@@ -317,7 +317,7 @@ def build_tower(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
 def classified(rng: random.Random, level: int, count: int) -> tuple[Tensor, Tensor]:
     """Training scenes, normalised (N, 3, H, W), and the class of each cell (N, cells): 0 is empty."""
     kinds = [(c, s) for c in COLOURS for s in SHAPES]
-    found = []
+    found: list[Scene] = []
     while len(found) < count:
         scene = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
         if scene.split == "train":

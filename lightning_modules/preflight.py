@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,12 @@ def weights(pretrained: str) -> Iterator[Finding]:
         return
     bad = False
     whole = partial(require_parts, folder, ("transformer", "vae", "scheduler"))
-    for check in [whole, partial(KontextTransformer.check, folder / "transformer"), *part_checks(folder)]:
+    checks: list[Callable[[], object]] = [
+        whole,
+        partial(KontextTransformer.check, folder / "transformer"),
+        *part_checks(folder),
+    ]
+    for check in checks:
         try:
             check()
         except CheckpointError as error:

@@ -144,16 +144,16 @@ def adamw(
     """The optimiser over (name, parameter) pairs and its schedule, stepped once an optimiser step."""
     groups = weight_decay_groups(parameters, settings.weight_decay)
     low = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
-    common = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    common = settings.lr, settings.betas, settings.eps
     optimizer: torch.optim.Optimizer
     if settings.bits == 8:
         from torchao.optim import AdamW8bit  # optional
 
-        optimizer = AdamW8bit(groups, **common, bf16_stochastic_round=low)
+        optimizer = AdamW8bit(groups, *common, bf16_stochastic_round=low)
     elif low:
-        optimizer = MasterAdamW(groups, **common)
+        optimizer = MasterAdamW(groups, *common)
     else:
-        optimizer = torch.optim.AdamW(groups, **common, fused=True)
+        optimizer = torch.optim.AdamW(groups, *common, fused=True)
     rule = partial(
         warmup_cosine,
         warmup_steps=settings.warmup_steps,

@@ -42,6 +42,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 self.checkpoint_io.load_checkpoint(checkpoint_path)
             except InputError as error:
                 problem = [error]
-        if (error := self.broadcast(problem)[0]) is not None:
-            raise error
+        if (found := self.broadcast(problem)[0]) is not None:
+            raise found
         return super().load_checkpoint(Path(checkpoint_path), weights_only=True)

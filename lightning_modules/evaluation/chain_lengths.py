@@ -151,7 +151,7 @@ def run(sweep: Sweep) -> list[Row]:
     for beta, gamma in sweep.weights:
         hard = [hardness(v, beta, gamma) for v in values]
         for alpha in sweep.alphas:
-            each = [decoding_for("repetition", penalty(*v, alpha, beta, gamma), sweep) for v in values]
+            each = [decoding_for("repetition", penalty(v, alpha, beta, gamma), sweep) for v in values]
             setting = alpha, beta, gamma
             rows.append(compared("repetition", setting, hard, before, said(model, items, each, sweep)))
             print(line(rows[-1]), flush=True)

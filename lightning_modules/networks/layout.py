@@ -60,8 +60,8 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """The rows on a device."""
-        moved = (t.to(device) for t in (self.input_ids, self.attention_mask, self.labels, self.tiles))
-        return Rows(*moved, samples=self.samples)
+        moved = [t.to(device) for t in (self.input_ids, self.attention_mask, self.labels, self.tiles)]
+        return Rows(moved[0], moved[1], moved[2], moved[3], self.samples)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class TimmTower(nn.Module):
             )
         except (RuntimeError, TypeError) as error:
             raise CheckpointError(f"timm makes no tower of {self.config}: {error}; name one of its ViTs") from error
-        self.width = int(self.model.num_features)
+        self.width = int(self.model.num_features)  # type: ignore[arg-type]
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n patches d"]:
         """Features of the patches in reading order, without class and register tokens."""

@@ -11,8 +11,16 @@ LARGEST_POWER = 300  # of ten; more is not written by people
 
 # Each unit's dimension and its size in the dimension's base.
 UNITS: dict[str, tuple[str, Fraction]] = {}
-PREFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "m": Fraction(1, 10**3), "c": Fraction(1, 100), "d": Fraction(1, 10),
-            "u": Fraction(1, 10**6), "n": Fraction(1, 10**9)}  # fmt: skip
+PREFIXES = {
+    "k": Fraction(10**3),
+    "M": Fraction(10**6),
+    "G": Fraction(10**9),
+    "d": Fraction(1, 10),
+    "c": Fraction(1, 100),
+    "m": Fraction(1, 10**3),
+    "u": Fraction(1, 10**6),
+    "n": Fraction(1, 10**9),
+}
 WORDS = {"kilo": "k", "mega": "M", "milli": "m", "centi": "c", "micro": "u", "nano": "n"}
 for short, full, dimension, scale in (
     ("m", "meter", "length", 1), ("m", "metre", "length", 1), ("g", "gram", "mass", 1), ("s", "second", "time", 1),
@@ -20,7 +28,7 @@ for short, full, dimension, scale in (
     ("W", "watt", "power", 1), ("V", "volt", "voltage", 1), ("A", "ampere", "current", 1), ("Hz", "hertz", "rate", 1),
     ("Pa", "pascal", "pressure", 1), ("mol", "mole", "amount", 1),
 ):  # fmt: skip
-    for prefix, factor in {"": 1, **PREFIXES}.items():
+    for prefix, factor in {"": Fraction(1), **PREFIXES}.items():
         UNITS[prefix + short] = (dimension, Fraction(scale) * factor)
     for word in ("", *WORDS):
         size = Fraction(scale) * (PREFIXES[WORDS[word]] if word else 1)

@@ -63,11 +63,11 @@ def record(own: str = "<think>\nred.\n</think>\n\\boxed{red}", **facts: object) 
 
 
 def test_the_penalty_by_hand() -> None:
-    assert penalty(1, 1, 1, alpha=0.5) == 1
-    assert penalty(0, 0, 0, alpha=0.5) == pytest.approx(math.exp(0.5))
-    assert penalty(0, 0, 0, alpha=0.7) == 2  # ln 2 = 0.693 is the largest alpha that the limit never binds
+    assert penalty((1, 1, 1), alpha=0.5) == 1
+    assert penalty((0, 0, 0), alpha=0.5) == pytest.approx(math.exp(0.5))
+    assert penalty((0, 0, 0), alpha=0.7) == 2  # ln 2 = 0.693 is the largest alpha that the limit never binds
     hard = (0.2 + 2 * 0.5 + 3 * 0.9) / 6
-    assert penalty(0.2, 0.5, 0.9, alpha=0.4, beta=2, gamma=3) == pytest.approx(math.exp(0.4 * (1 - hard)))
+    assert penalty((0.2, 0.5, 0.9), alpha=0.4, beta=2, gamma=3) == pytest.approx(math.exp(0.4 * (1 - hard)))
     assert [normalised(v, 2, 6) for v in (1, 2, 3, 6, 7)] == [0, 0, 0.25, 1, 1] and normalised(5, 5, 5) == 0.5
 
 
@@ -115,7 +115,7 @@ def test_lengths_are_controlled_by_what_was_scored(tmp_path: Path) -> None:
     ranges = {n: [row[f"cot_{n}"] for row in rows] for n in ("vision", "text", "integration")}
     for row in rows:
         scaled = [normalised(row[f"cot_{name}"], min(values), max(values)) for name, values in ranges.items()]
-        assert found[row["key"]] == penalty(*scaled, alpha=0.5)
+        assert found[row["key"]] == penalty(scaled, alpha=0.5)
     assert min(found.values()) >= 1 and len(set(found.values())) > 5
     assert set(LengthControl(str(folder), alpha=0.0).penalties().values()) == {1.0}
 
