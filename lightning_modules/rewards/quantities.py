@@ -33,7 +33,7 @@ for short, full, dimension, scale in (
     for word in ("", *WORDS):
         size = Fraction(scale) * (PREFIXES[WORDS[word]] if word else 1)
         UNITS[word + full] = UNITS[word + full + "s"] = (dimension, size)
-for names, dimension, size in (
+for names, dimension, amount in (
     ("min minute minutes", "time", 60), ("h hr hrs hour hours", "time", 3600), ("day days", "time", 86400),
     ("week weeks", "time", 604800), ("sec secs", "time", 1), ("year years", "years", 1),
     ("in inch inches", "length", Fraction(254, 10**4)), ("ft foot feet", "length", Fraction(3048, 10**4)),
@@ -42,7 +42,7 @@ for names, dimension, size in (
     ("deg degree degrees °", "angle", 1), ("% percent \\%", "percent", 1), ("$ dollar dollars usd", "dollar", 1),
     ("€ euro euros", "euro", 1), ("cent cents", "dollar", Fraction(1, 100)), ("£", "pound sterling", 1),
 ):  # fmt: skip
-    UNITS.update({name: (dimension, Fraction(size)) for name in names.split()})
+    UNITS.update({name: (dimension, Fraction(amount)) for name in names.split()})
 
 NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s?(?:"
