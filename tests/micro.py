@@ -136,7 +136,7 @@ def micro_config(folder: Path, **changes: object) -> Path:
     config["model"]["init_args"]["max_sequence_length"] = 8
     data = config["data"]["init_args"]
     data |= {"scenes": None, "shards": [str(micro_shards(folder / "shards"))], "batch_size": 2, "val_batches": 2}
-    data |= {"cache": None, "size_multiple": 16}
+    data |= {"cache": None, "size_multiple": 16, "ratio": {"text_to_image": 3, "edit": 1}}
     config["trainer"] |= {
         "max_steps": 12,
         "precision": "32-true",

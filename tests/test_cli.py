@@ -237,7 +237,7 @@ MISTAKES = {
     ),
     "indivisible by the model": (
         ["fit", "-c", "{config}", "--data.init_args.size_multiple", "8", "--data.init_args.image_size", "40"],
-        "must be multiples of 16",
+        "it takes multiples of 16 pixels",
     ),
     "nothing to resume": (["fit", "-c", "{config}", "--resume", "--trainer.max_steps", "1"], "no unfinished version"),
     "no export": (["test", "-c", "{config}", "--export", "nowhere"], "no export nowhere"),

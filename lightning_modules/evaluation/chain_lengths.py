@@ -83,7 +83,7 @@ class Row(NamedTuple):
     def meets(self) -> bool:
         """Easy chains at least 20 % shorter, accuracy within .02, hard chains within 5 %."""
         kept = min(self.easy_right, self.hard_right) >= -RIGHT
-        return self.easy_length <= 1 - SHORTER and kept and abs(self.hard_length - 1) <= HARD
+        return self.easy_length <= 1 - SHORTER and kept and abs(self.hard_length - 1) <= HARD + 1e-9
 
 
 def scores(items: Sequence[tuple[Scene, Question]], mode: str) -> list[list[float]]:

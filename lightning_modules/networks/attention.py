@@ -35,7 +35,7 @@ class KontextAttnProcessor:
         mask = None
         if attention_mask is not None:
             mask = F.pad(attention_mask, (0, key.shape[2] - attention_mask.shape[1]), value=True)[:, None, None, :]
-        mixed = attend(query, key, value, mask)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = mixed.transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return project(attn.to_out, mixed)
@@ -43,15 +43,6 @@ class KontextAttnProcessor:
         if not attn.context_pre_only:
             text_out = attn.to_add_out(text_out)
         return project(attn.to_out, image), text_out
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention; on a CPU in float32, as the bfloat16 kernel is slow backward."""
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
-    return mixed.to(value.dtype)
 
 
 def heads(

@@ -12,7 +12,6 @@ from micro import built
 from rl import Stream, prompts
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchao.optim import AdamW8bit
 
 from callbacks import EMA
 from lightning_modules.kontext import KontextModule
@@ -176,9 +175,10 @@ def test_text_says_whether_it_fits() -> None:
 
 
 def test_eight_bit_moments_are_counted_as_torchao_makes_them() -> None:
+    torchao = pytest.importorskip("torchao.optim", reason="torchao is optional (extra quant)")
     parameter = torch.nn.Parameter(torch.randn(128, 64))
     parameter.grad = torch.randn(128, 64)
-    optimizer = AdamW8bit([parameter])
+    optimizer = torchao.AdamW8bit([parameter])
     optimizer.step()
     plan = Plan(run(KontextModule(str(built()), optimizer=AdamW(bits=8))))
     assert plan.optimiser_bytes < 3 * trained(plan.transformer)

@@ -80,6 +80,7 @@ def test_eight_bits_need_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eight_bit_moments_step_and_follow_the_schedule(dtype: torch.dtype) -> None:
+    pytest.importorskip("torchao.optim", reason="torchao is optional (extra quant)")
     named = [("weight", Parameter(torch.ones(128, 64, dtype=dtype)))]
     optimizer, schedule = adamw(named, AdamW(lr=1e-2, warmup_steps=4, weight_decay=0.0, bits=8), 10)
     named[0][1].grad = torch.ones(128, 64, dtype=dtype)

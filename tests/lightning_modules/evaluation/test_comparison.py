@@ -43,10 +43,10 @@ def test_the_table_says_what_is_missing() -> None:
 
 
 def test_what_a_paper_reports_stands_beside_what_was_measured() -> None:
-    lines = markdown(compare(TRIALS, WANTED, COLUMNS, "none"), "none", {"rl": 69.0}).splitlines()
+    lines = markdown(compare(TRIALS, WANTED, COLUMNS, "none"), "none", {"rl": {"MMMU": 69.0}}).splitlines()
     titles = [title.strip() for title in lines[0].split("|")[1:-1]]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
-    assert [dict(zip(titles, row, strict=True))["paper"] for row in rows] == ["", "69"]
+    assert [dict(zip(titles, row, strict=True))["paper: MMMU"] for row in rows] == ["", "69"]
     assert lines[1].count("---") == len(titles)
 
 

@@ -87,17 +87,17 @@ def test_every_thread_gets_the_right_verdict(verifier: Verifier) -> None:
 
 def test_a_worker_that_dies_is_replaced() -> None:
     sandbox = Sandbox(workers=1)
-    assert sandbox.compare("x", "x+0") == "right"
+    assert sandbox.compare("1+x", "x+1") == "right"
     worker = sandbox._idle.get()
     worker.process.kill()
     worker.process.wait()
     sandbox._idle.put(worker)
-    assert sandbox.compare("x", "x+1") == "wrong"
+    assert sandbox.compare("1+x", "x+2") == "wrong"
     sandbox.close()
 
 
 def test_boxes_are_found_with_their_braces() -> None:
-    assert boxes("\\boxed{\\frac{1}{\\sqrt{2}}} and \\boxed{\\{1\\}}") == [(0, "\\frac{1}{\\sqrt{2}}"), (32, "\\{1\\}")]
+    assert boxes("\\boxed{\\frac{1}{\\sqrt{2}}} and \\boxed{\\{1\\}}") == [(0, "\\frac{1}{\\sqrt{2}}"), (31, "\\{1\\}")]
     assert final_answer("\\boxed{\\boxed{\\frac{1}{2}}}") == "\\boxed{\\frac{1}{2}}"
     assert final_answer("\\boxed{4} or \\boxed{5}") == "4, 5"
     assert final_answer("<think>\\boxed{3}") is None and final_answer("\\boxed{3") is None

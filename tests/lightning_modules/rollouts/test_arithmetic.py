@@ -59,13 +59,13 @@ def test_counted_evaluations_are_those_that_were_made(changes: dict, tmp_path: P
     module.configure_model()
     passes = {"forward": 0, "backward": 0}
 
-    def block(_: object, args: tuple) -> None:
-        passes["forward"] += len(args[0])  # of a block, which is called again where activations are recomputed
+    def norm(_: object, args: tuple) -> None:
+        passes["forward"] += len(args[0])  # of a block's first layer, called again where activations are recomputed
 
     def transformer(_: object, args: tuple, kwargs: dict) -> None:
         passes["backward"] += len(kwargs["hidden_states"]) * torch.is_grad_enabled()
 
-    module.transformer.transformer_blocks[0].register_forward_pre_hook(block)
+    module.transformer.transformer_blocks[0].norm1.register_forward_pre_hook(norm)
     module.transformer.register_forward_pre_hook(transformer, with_kwargs=True)
     trained(module, [prompts(i) for i in range(2)], 2, tmp_path)
     made_in_all = passes["forward"] + passes["backward"] * (1 if "lora" in changes else 2)
