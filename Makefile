@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Two threads unless the caller says otherwise: more than there are cores makes small models crawl.
 export OMP_NUM_THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 
+# Chains of an experiment at a time: two of one thread each do more on two cores than one of two threads.
+JOBS ?= 2
+
 .PHONY: fit test test-slow lint bench data pdtr metaquery r1v picture clean
 
 # Modules are compiled when they are first imported, which most of what is installed never is.
@@ -47,13 +50,13 @@ data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline inspect data/scenes/level1
 
 pdtr: $(VENV)/.installed
-	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/pdtr.yaml
+	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/pdtr.yaml --jobs $(JOBS)
 
 metaquery: $(VENV)/.installed
-	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/metaquery.yaml
+	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/metaquery.yaml --jobs $(JOBS)
 
-r1v: $(VENV)/.installed
-	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/r1v.yaml
+r1v: $(VENV)/.dev  # math-verify is among what it installs
+	$(BIN)/python -m lightning_modules.experiments -c configs/experiments/r1v.yaml --jobs $(JOBS)
 
 picture:  # the README's picture: the last grid of the last finished `make fit`
 	cp "$$(ls runs/edit/latest/samples/*.png | tail -n 1)" notebooks/edit_samples.png
