@@ -43,6 +43,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/serve_triplets.py
 	$(BIN)/python tests/benchmarks/plan_billion.py
 	$(BIN)/python tests/benchmarks/connector_mfu.py
+	$(BIN)/python tests/benchmarks/compiled_bf16.py
 	$(BIN)/python tests/benchmarks/verify_answers.py
 
 data: $(VENV)/.installed

@@ -22,7 +22,7 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute, cast_weights, float8_blocks, recompute_blocks
+from lightning_modules.networks.compute import Compute, attend_in_float32, cast_weights, float8_blocks, recompute_blocks
 from lightning_modules.networks.flops import forward_flops
 from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.loading import check_state
@@ -185,6 +185,8 @@ class KontextModule(L.LightningModule):
             )
         assert self._prompts is not None and self._pipeline is not None
         self._pipeline.to(self.device)
+        if self.device.type == "cpu" and "bf" in f"{trainer.precision} {self.compute.weights}":
+            attend_in_float32(self.transformer)
         if hasattr(trainer.datamodule, "sizes"):
             self._pipeline.require_sizes(trainer.datamodule.size_multiple, trainer.datamodule.sizes.values())
         if hasattr(trainer.datamodule, "prompts"):

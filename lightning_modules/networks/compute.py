@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_modules.networks.attention import KontextAttnProcessor
 from lightning_modules.networks.loading import CheckpointError
 
 Precision = Literal["float32", "bfloat16"]
@@ -61,6 +62,11 @@ def cast_weights(transformer: nn.Module, dtype: torch.dtype) -> None:
     """Makes the parameters of a precision; the constant positional table stays as exact as it is."""
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def attend_in_float32(transformer: Any) -> None:
+    """Leaves attention out of lower precision, for CPUs; to be called before blocks are compiled."""
+    transformer.set_attn_processor(KontextAttnProcessor(in_float32=True))
 
 
 def recompute_blocks(transformer: Any, what: bool | int | Literal["cheap"]) -> None:

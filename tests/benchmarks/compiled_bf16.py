@@ -18,7 +18,7 @@ import torch
 from data_pipeline.batches import ImageBatch
 from lightning_modules.cli import quiet
 from lightning_modules.kontext import KontextModule
-from lightning_modules.networks.compute import Compute
+from lightning_modules.networks.compute import Compute, attend_in_float32
 from lightning_modules.schedule import AdamW
 
 BAR = 1.3
@@ -54,6 +54,8 @@ class Step:
             "pocket", 1000, optimizer=AdamW(), max_sequence_length=9, compute=compute, compile=compiled
         )
         self.module.configure_model()
+        if weights == "bfloat16":
+            attend_in_float32(self.module.transformer)
         self.module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.batch = edits(self.module, count)

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from micro import built
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.compute import (
     Compute,
+    attend_in_float32,
     cast_weights,
     convert_float8,
     float8_blocks,
@@ -42,6 +44,24 @@ def gradients(transformer: KontextTransformer) -> list[torch.Tensor]:
     transformer.zero_grad()
     transformer(**inputs(transformer)).sample.float().square().mean().backward()
     return [p.grad.clone() for p in transformer.parameters() if p.grad is not None]
+
+
+def test_attention_alone_is_left_in_float32(transformer: KontextTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = gradients(transformer)
+    attend_in_float32(transformer)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(transformer), exact, strict=True))
+    seen, plain = set(), functional.scaled_dot_product_attention
+
+    def noted(query: torch.Tensor, *args: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.add((query.dtype, torch.is_autocast_enabled("cpu")))
+        return plain(query, *args, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = gradients(transformer)
+    assert seen == {(torch.float32, False)}
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(lower, exact, strict=True) if b.norm() > 1e-3]
+    assert 1e-4 < max(errors) < 0.1
 
 
 @pytest.mark.parametrize("what", [True, "cheap", 1])
