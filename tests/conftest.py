@@ -21,6 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden/*.json anew")
 
 
+LONG = ("test_cli.py", "test_notebooks.py", "test_serving.py", "test_configs.py", "test_parallel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: processes that take file by file then end together."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture
 def recorded(request: pytest.FixtureRequest) -> partial[list[object]]:
     """recorded(name, values): what the values must equal by golden/<name>.json."""

