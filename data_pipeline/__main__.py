@@ -12,7 +12,6 @@ from pathlib import Path
 import yaml
 
 from data_pipeline import foreign, lint
-from data_pipeline.encode import Encoding
 from data_pipeline.errors import InputError
 from data_pipeline.executors.build import Executor, summary
 from data_pipeline.executors.local import Local
@@ -125,6 +124,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             print(f"inspecting {arguments.folder}: a page of {arguments.limit} records")
             print(inspect(arguments.folder, arguments.limit))
         case "cache":
+            from data_pipeline.encode import Encoding  # brings torch, which no other command waits for
+
             print(f"encoding {' '.join(arguments.shards)} into {arguments.output} by {arguments.pretrained}")
             options = {name: value for name, value in vars(arguments).items() if name != "command"}
             print(Encoding(**options).run())
