@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
-from lightning_modules.gradients import Gradients
+from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.kontext import Dropout, Timesteps, check_tasks
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks import Conditioner
@@ -64,7 +64,7 @@ class Connector:
             raise InputError(f"connector: sizes are whole numbers of at least 1 (layers of 0), got {self}")
 
 
-class ConnectorModule(L.LightningModule):
+class ConnectorModule(GradientHooks, L.LightningModule):
     """Trains queries and connector, the transformer, or all of them; autoencoder and vision-language model are frozen.
 
     Args:
@@ -319,23 +319,6 @@ class ConnectorModule(L.LightningModule):
         each += (3 if trained else 1) * connector_flops(self.conditioner.config)
         each += (2 if trained else 1) * query_flops(self._pipeline.vlm.text, queries, self._prefix_tokens)
         return len(batch) * each
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
-        if gradient_clip_val:
-            self._gradients.clip(gradient_clip_val)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._gradients.changed()
-
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass, computed once for all who ask."""
-        return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen weights."""

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import counter_seed, draw
 from data_pipeline.errors import InputError
-from lightning_modules.gradients import Gradients
+from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.kontext_transformer import load_frozen
@@ -69,7 +69,7 @@ class States:
             raise InputError(f"states: num_inference_steps is at least 1, and shift above 0; got {self}")
 
 
-class DistillModule(L.LightningModule):
+class DistillModule(GradientHooks, L.LightningModule):
     """Trains the transformer of a checkpoint folder to have its teachers' velocities, without any guidance of its own.
 
     Args:
@@ -202,23 +202,6 @@ class DistillModule(L.LightningModule):
     def draw(self, sampler: Any, shape: tuple[int, ...], purpose: str, batch: ImageBatch) -> Float[Tensor, "b ..."]:
         """One draw a sample, a function of (seed, purpose, epoch, sample id) alone."""
         return draw(sampler, shape, self.seed, purpose, batch.epochs, batch.sample_ids).to(self.device)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
-        if gradient_clip_val:
-            self._gradients.clip(gradient_clip_val)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._gradients.changed()
-
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass."""
-        return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["evaluations"] = self.evaluations

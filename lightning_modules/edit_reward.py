@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.agreement import agreement
-from lightning_modules.gradients import Gradients
+from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.edit_readers import Tower, TowerReader, VlmReader
 from lightning_modules.networks.edit_regressor import EditRegressor
@@ -27,7 +27,7 @@ from lightning_modules.schedule import AdamW, adamw
 DIMENSIONS = {"instruction": "judge_instruction", "preservation": "judge_preservation"}
 
 
-class EditRewardModule(L.LightningModule):
+class EditRewardModule(GradientHooks, L.LightningModule):
     """Trains a regressor on edits whose metadata hold a judge's scores (configs/data/own_edits.yaml builds such).
 
     Validation measures how well it agrees with the judge on held-out records, for each dimension and for their product,
@@ -147,23 +147,6 @@ class EditRewardModule(L.LightningModule):
         self._gradients = Gradients(p for _, p in self.trainable_parameters())
         optimizer, rule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
-        if gradient_clip_val:
-            self._gradients.clip(gradient_clip_val)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._gradients.changed()
-
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass."""
-        return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen weights."""

@@ -38,3 +38,27 @@ class Gradients:
         # Asking whether it is needed would make a GPU wait; on a CPU it saves a pass over all gradients.
         if norm.is_cuda or norm > limit:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+
+
+class GradientHooks:
+    """Lightning's hooks about gradients, for stages that set `_gradients` in configure_optimizers; before
+    LightningModule among their bases."""
+
+    _gradients: Gradients
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
+        if gradient_clip_val:
+            self._gradients.clip(gradient_clip_val)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._gradients.changed()
+
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """2-norm of all gradients since the last backward pass, computed once for all who ask."""
+        return self._gradients.norm()

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from data_pipeline.batches import TASKS, ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
-from lightning_modules.gradients import Gradients
+from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora, add_lora
@@ -96,7 +96,7 @@ def check_tasks(name: str, by_task: Mapping[str, float]) -> None:
         raise InputError(f"{name} names {', '.join(unknown)}; the tasks are {', '.join(TASKS)}")
 
 
-class KontextModule(L.LightningModule):
+class KontextModule(GradientHooks, L.LightningModule):
     """Trains the transformer of a checkpoint folder; the autoencoder and the text encoders stay frozen.
 
     Args:
@@ -142,7 +142,6 @@ class KontextModule(L.LightningModule):
         self._pipeline: KontextPipeline | None = None
         self._encoder: LatentEncoder | None = None
         self._prompts: PromptCache | None = None
-        self._gradients: Gradients | None = None
 
     def prepare_data(self) -> None:
         """Builds the pocket checkpoint folder if it is asked for and missing (rank 0)."""
@@ -313,27 +312,6 @@ class KontextModule(L.LightningModule):
             images += [image for sample in batch.references for image in sample]
         tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
         return self.passes * len(batch) * forward_flops(self.transformer.config, tokens, self._pipeline.text_tokens)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
-        if not gradient_clip_val:
-            return
-        assert self._gradients is not None
-        self._gradients.clip(gradient_clip_val)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        assert self._gradients is not None
-        self._gradients.changed()
-
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass, computed once for all who ask."""
-        assert self._gradients is not None, "configure_optimizers has not run"
-        return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops what is constant: the positional table, and the weights that adapters are added to."""

@@ -19,7 +19,7 @@ from data_pipeline.chat import Chat, in_batches
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.questions import answer_of
-from lightning_modules.gradients import Gradients
+from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.tokens import Normalisation, answer_nll, token_weights
 from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, packed
 from lightning_modules.networks.loading import compare_shapes
@@ -55,7 +55,7 @@ class Iteration:
     samples: int = 128
 
 
-class R1VModule(L.LightningModule):
+class R1VModule(GradientHooks, L.LightningModule):
     """Trains the projector between a frozen vision tower and a frozen language model on conversations.
 
     Plugging a trained projector onto another language model is a config that names both, with no step of training.
@@ -228,23 +228,6 @@ class R1VModule(L.LightningModule):
         self._gradients = Gradients(p for _, p in self.trainable_parameters())
         optimizer, rule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning refuses to clip for a fused optimiser under mixed precision, though bf16 has nothing to unscale.
-        if gradient_clip_val:
-            self._gradients.clip(gradient_clip_val)
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._gradients.changed()
-
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass."""
-        return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen weights."""

@@ -18,7 +18,7 @@ from data_pipeline.chains import split
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
-from lightning_modules.gradients import Gradients
+from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.token_policy import entropy, log_probs
 from lightning_modules.networks.layout import Layout, LayoutError, Sample
 from lightning_modules.networks.loading import check_state
@@ -41,7 +41,7 @@ Scores = dict[str, Tensor]
 Part = Literal["projector", "language", "vision"]
 
 
-class ReasoningGrpoModule(L.LightningModule):
+class ReasoningGrpoModule(GradientHooks, L.LightningModule):
     """Trains the projector of an R1V folder on what its own answers are worth.
 
     A batch is a set of questions. Groups of answers to each are sampled and scored; once enough of them teach
@@ -333,13 +333,6 @@ class ReasoningGrpoModule(L.LightningModule):
         self._gradients = Gradients(p for _, p in self.trainable_parameters())
         optimizer, rule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._gradients.changed()
-
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass."""
-        return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the reference, what waits for an update, the buffer and the counts; drops frozen weights."""

@@ -20,7 +20,7 @@ from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import counter_seed, draw
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.pictures import dashboard
-from lightning_modules.gradients import Gradients
+from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 50  # batches that teach nothing before a run is given up
 
 
-class ReinforceModule(L.LightningModule):
+class ReinforceModule(GradientHooks, L.LightningModule):
     """Trains the transformer of a checkpoint folder on what its own pictures are worth.
 
     A batch is a set of prompts. Groups of pictures of each are sampled and scored; once enough of them teach something
@@ -387,13 +387,6 @@ class ReinforceModule(L.LightningModule):
         self._gradients = Gradients(p for _, p in self.trainable_parameters())
         optimizer, rule = adamw(self.trainable_parameters(), self.optimizer_settings, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rule, "interval": "step"}}
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._gradients.changed()
-
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """2-norm of all gradients since the last backward pass."""
-        return self._gradients.norm()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the policies that are not trained, what waits for an update, and the counts; drops frozen weights."""
