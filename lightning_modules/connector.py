@@ -24,7 +24,7 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks import Conditioner
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.flops import connector_flops, forward_flops, query_flops
+from lightning_modules.networks.flops import attention_flops, connector_flops, forward_flops, query_flops
 from lightning_modules.networks.light_head import keep_blocks
 from lightning_modules.networks.loading import check_state, read_json
 from lightning_modules.networks.vlm import Reading
@@ -316,6 +316,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
         queries, trained = self._pipeline.text_tokens, "connector" in self.parts
         each = self.passes * forward_flops(self.transformer.config, tokens, queries)
+        if self.passes == 2:  # backward through frozen weights counts once, but attention costs twice
+            each += attention_flops(self.transformer.config, tokens, queries)
         each += (3 if trained else 1) * connector_flops(self.conditioner.config)
         each += (2 if trained else 1) * query_flops(self._pipeline.vlm.text, queries, self._prefix_tokens)
         return len(batch) * each

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def forward_flops(config: Any, image_tokens: float, text_tokens: int) -> float:
-    """FLOPs of one sample's forward pass.
+    """FLOPs of one sample's forward pass; a backward pass to inputs and weights costs twice as much.
 
     Args:
         config: the transformer's config.
@@ -17,19 +17,27 @@ def forward_flops(config: Any, image_tokens: float, text_tokens: int) -> float:
     width = config.num_attention_heads * config.attention_head_dim
     patch_size = config.patch_size**2
     image, text = image_tokens, text_tokens
-    linear = attention = 0.0  # multiply-adds
+    linear = 0.0  # multiply-adds
     for layer in range(config.num_layers):
         last, dual = layer == config.num_layers - 1, layer in config.dual_attention_layers
         linear += image * 12 * width**2 + (9 if dual else 6) * width**2  # q, k, v, out, feed-forward; adaLN
         linear += text * (3 if last else 12) * width**2 + (2 if last else 6) * width**2
-        attention += 2 * (image + text) ** 2 * width
         if dual:
             linear += image * 4 * width**2
-            attention += 2 * image**2 * width
     linear += image * patch_size * config.in_channels * width + text * config.joint_attention_dim * width
     linear += (256 + width + config.pooled_projection_dim + width) * width  # timestep and pooled embeddings
     linear += 2 * width**2 + image * width * patch_size * config.out_channels
-    return 2 * (linear + attention)
+    return 2 * linear + attention_flops(config, image_tokens, text_tokens)
+
+
+def attention_flops(config: Any, image_tokens: float, text_tokens: int) -> float:
+    """FLOPs of one sample's products of queries, keys and values in a forward pass.
+
+    A backward pass costs twice as much, also where the weights are frozen and all others cost once.
+    """
+    joint = config.num_layers * (image_tokens + text_tokens) ** 2
+    own = len(config.dual_attention_layers) * image_tokens**2
+    return 4 * (joint + own) * config.num_attention_heads * config.attention_head_dim
 
 
 def connector_flops(config: Any) -> float:
