@@ -48,7 +48,7 @@ class Recipe:
     vae_lr: float = 3e-3
     clip_width: int = 32
     clip_tokens: int = 4
-    t5_tokens: int = 20
+    t5_tokens: int = 28  # the longest instructions of level 3
     text_width: int = 128
     layers: int = 4
     heads: int = 4
