@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,9 @@ def test_training_step_reads_as_the_algorithm() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name == "training_step":
                 assert node.end_lineno - node.lineno + 1 <= 25, path
+
+
+def test_commands_on_data_start_without_torch() -> None:
+    """It takes longer to import than all the rest of them."""
+    code = "import sys, data_pipeline.__main__; sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'ray')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
