@@ -32,6 +32,7 @@ from data_pipeline.shards import atomic_save, atomic_write
 logger = logging.getLogger(__name__)
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("xxh3", "<u8"), ("tar", "<i8")])
 ENTRIES, BYTES = 1024, 1 << 28  # of a tar, at most: what memory holds, and a killed process has to encode again
+KEPT = 64 << 20  # bytes of entries that stay in memory once they have been read
 TOGETHER = 64  # inputs that are loaded before they are encoded
 READERS = 16  # threads that load them: decoding takes processors, and shards behind URLs waiting
 Features = dict[str, Tensor]
@@ -75,6 +76,8 @@ class FeatureStore:
         self._tables: list[tuple[np.ndarray, np.ndarray]] = []  # sorted rows and their upper halves, the largest first
         self._pending: dict[str, bytes] = {}
         self._pending_bytes = 0
+        self._kept: dict[str, Features] = {}
+        self._kept_bytes = 0
         self._changed = -1
 
     def _check(self) -> None:
@@ -97,7 +100,9 @@ class FeatureStore:
         return self._find(name) is not None
 
     def get(self, name: str) -> Features | None:
-        """An entry's tensors, or None if there is none. Raises InputError if it was damaged."""
+        """An entry's tensors, not to be changed, or None if there is none. Raises InputError if it was damaged."""
+        if (kept := self._kept.get(name)) is not None:
+            return kept
         row = self._find(name)
         if row is None:
             return None
@@ -106,7 +111,11 @@ class FeatureStore:
         if xxh3_64_intdigest(data) != xxh3:
             path = self._tars[tar]
             raise InputError(f"{path} is damaged at byte {offset}; delete {path} and {index_of(path)}")
-        return load(bytes(data))
+        features = load(bytes(data))
+        if self._kept_bytes + size <= KEPT:
+            self._kept[name] = features
+            self._kept_bytes += size
+        return features
 
     def add(self, name: str, features: Features) -> None:
         """Keeps an entry; it can be read when `commit` has run, by itself when there is enough for a tar."""
@@ -172,7 +181,8 @@ class FeatureStore:
             self._tables.append((rows, np.ascontiguousarray(rows["high"])))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_pending": {}, "_pending_bytes": 0}  # a worker adds nothing
+        empty = {"_pending": {}, "_pending_bytes": 0, "_kept": {}, "_kept_bytes": 0}  # a worker adds nothing
+        return {**self.__dict__, **empty}
 
 
 def index_of(tar: Path) -> Path:

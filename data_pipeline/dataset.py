@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -230,6 +231,8 @@ class ThreadedLoader:
         wanted: SimpleQueue[None],
         stopped: threading.Event,
     ) -> None:
+        if hasattr(os, "SCHED_BATCH"):  # being woken, it then takes no processor from the thread that trains
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         try:
             for planned in self.sampler:
                 wanted.get()

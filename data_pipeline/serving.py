@@ -169,6 +169,7 @@ class ServingIndex:
         self.folder, self.content = folder, index["content"]
         self._rows, self._shards = (mapped_array(folder / name) for name in ("rows.npy", "shards.npy"))
         self._columns: dict[tuple[str, Stream], tuple[str, int]] = {}  # set by its records, first row
+        self._known: dict[int, tuple[Path | str, tuple[int, int | str], str]] = {}  # shards that were asked for
         self.streams: dict[str, dict[Stream, int]] = {"train": {}, "val": {}}
         self.tasks: dict[str, str] = {}
         kinds: dict[str, set[str]] = {}
@@ -207,12 +208,18 @@ class ServingIndex:
         kind, each = SETS[set_name][0], rows_each(set_name, stream[1])
         rows = self._rows[first + number * each : first + (number + 1) * each].tolist()
         key, _, _, shard, _, sample_id, *_ = rows[0]
-        where, size, tag, place = self._shards[shard].tolist()
-        tar = shard_at(where.decode())
+        tar, stamp, place = self._known.get(shard) or self._shard(shard)
         target = "image" if kind == "text_image" else "target"
-        members = {name_of_role(row[2], target): member(place.decode(), row) for row in rows}
-        stamp = size, tag.decode() if isinstance(tar, str) else int(tag)
+        members = {name_of_role(row[2], target): member(place, row) for row in rows}
         return IndexedRecord(tar, key.decode(), kind, part, sample_id, members, stamp)
+
+    def _shard(self, number: int) -> tuple[Path | str, tuple[int, int | str], str]:
+        """Where a shard lies, what it differs in once it has changed, and how pictures without a hash are named."""
+        where, size, tag, place = self._shards[number].tolist()
+        tar = shard_at(where.decode())
+        stamp = size, tag.decode() if isinstance(tar, str) else int(tag)
+        found = self._known[number] = tar, stamp, place.decode()
+        return found
 
 
 def member(place: str, row: tuple[Any, ...]) -> Member:
