@@ -17,7 +17,7 @@ from data_pipeline.records import SPELT
 from lightning_modules import planning, preflight
 from lightning_modules.commands import RUNS, overridden, read_config
 from lightning_modules.networks.loading import CheckpointError
-from lightning_modules.planning import Machine, Plan
+from lightning_modules.planning import Machine, NotBuilt, Plan
 from lightning_modules.preflight import Finding
 
 COMMANDS = ("plan", "doctor")
@@ -102,7 +102,7 @@ def of_run(made: Outline) -> Iterator[Finding]:
     try:
         sized = Plan(planned(made))
     except (InputError, CheckpointError) as error:
-        yield Finding("BAD", "plan", str(error))
+        yield Finding("note" if isinstance(error, NotBuilt) else "BAD", "plan", str(error))
         return
     yield from preflight.disk(RUNS, sized.disk)
     yield from sizes(sized, data)

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
-from lightning_modules.gradients import GradientHooks, Gradients
+from lightning_modules.gradients import GradientHooks, Gradients, require_norm_clipping
 from lightning_modules.kontext import Dropout, Timesteps, check_tasks
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks import Conditioner
@@ -192,7 +192,11 @@ class ConnectorModule(GradientHooks, L.LightningModule):
             )
 
     def on_fit_start(self) -> None:
-        self.pipeline()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        require_norm_clipping(self.trainer)
+        pipeline = self.pipeline()
+        if hasattr(data, "sizes"):
+            pipeline.require_sizes(data.size_multiple, data.sizes.values())
 
     def on_train_start(self) -> None:
         """Compiles for the shapes of each task, so that the first steps need not."""
@@ -274,6 +278,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         references = batch.references
         if not self.reconstruction or not isinstance(references, Tensor) or references.shape[1] != 1:
             return batch
+        if references.shape[-2:] != batch.target.shape[-2:]:
+            return batch
         counters = batch.epochs, batch.sample_ids
         taken = draw(torch.rand, (), self.seed, "reconstruction", *counters) < self.reconstruction
         target = torch.where(taken.to(self.device)[:, None, None, None], references[:, 0], batch.target)
@@ -300,8 +306,9 @@ class ConnectorModule(GradientHooks, L.LightningModule):
     @property
     def passes(self) -> int:
         """The transformer's passes in a step: forward, backward to its input, and to its weights if it is trained."""
-        backward = "connector" in self.parts or self.vlm_lora is not None
-        return 1 + backward + 1 if "transformer" in self.parts else 1 + backward
+        if "transformer" in self.parts:
+            return 3
+        return 1 + ("connector" in self.parts or self.vlm_lora is not None)
 
     def training_flops(self, batch: ImageBatch) -> float:
         """Model FLOPs of one training step on this batch, without frozen encoders and what they read once."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+
+from data_pipeline.errors import InputError
 
 
 class Gradients:
@@ -38,6 +41,16 @@ class Gradients:
         # Asking whether it is needed would make a GPU wait; on a CPU it saves a pass over all gradients.
         if norm.is_cuda or norm > limit:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+
+
+def require_norm_clipping(trainer: Any) -> None:
+    """Refuses a Trainer that would clip by value, or that scales the loss."""
+    if trainer.gradient_clip_algorithm == "value" or getattr(trainer.precision_plugin, "scaler", None):
+        raise InputError(
+            f"gradients are clipped by norm, and unscaled: got gradient_clip_algorithm "
+            f"{trainer.gradient_clip_algorithm} and precision {trainer.precision}; use norm, and bf16-mixed in "
+            "place of 16-mixed"
+        )
 
 
 class GradientHooks:

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from data_pipeline.batches import TASKS, ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
-from lightning_modules.gradients import GradientHooks, Gradients
+from lightning_modules.gradients import GradientHooks, Gradients, require_norm_clipping
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora, add_lora
@@ -176,12 +176,7 @@ class KontextModule(GradientHooks, L.LightningModule):
     def on_fit_start(self) -> None:
         """Embeds the captions ahead where the data can name them, as many as fit in memory: steps look them up."""
         trainer: Any = self.trainer
-        if trainer.gradient_clip_algorithm == "value" or getattr(trainer.precision_plugin, "scaler", None):
-            raise InputError(
-                f"gradients are clipped by norm, and unscaled: got gradient_clip_algorithm "
-                f"{trainer.gradient_clip_algorithm} and precision {trainer.precision}; use norm, and bf16-mixed in "
-                "place of 16-mixed"
-            )
+        require_norm_clipping(trainer)
         assert self._prompts is not None and self._pipeline is not None
         self._pipeline.to(self.device)
         if self.device.type == "cpu" and "bf" in f"{trainer.precision} {self.compute.weights}":

@@ -286,13 +286,17 @@ def moments_bytes(parameter: Tensor, bits: int, low: bool) -> int:
     return 4 + 2 * (count + 4 * count // 256 + 4 * 256)
 
 
+class NotBuilt(InputError):
+    """The pocket folder, which fit builds itself."""
+
+
 def planned_folder(pretrained: str) -> Path:
     """The folder of a checkpoint, which is not built and need not be here."""
     if pretrained != "pocket":
         return Path(pretrained)
     folder = Path("pocket", Recipe().name)
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} is not built yet; fit does so when it first needs it, in about three minutes")
+        raise NotBuilt(f"{folder} is not built yet; fit does so when it first needs it, in about three minutes")
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import random
@@ -70,7 +71,8 @@ class VlmRecipe:
     def name(self) -> str:
         """The folder's name: another one for other settings, and for other code that builds it."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
-        for file in (Path(__file__), Path(tokenizers.__file__), *sorted(Path(scenes.__file__).parent.glob("*.py"))):
+        code = (Path(__file__), Path(pocket.__file__), Path(tokenizers.__file__), Path(inspect.getfile(Vlm)))
+        for file in (*code, *sorted(Path(scenes.__file__).parent.glob("*.py"))):
             digest.update(file.read_bytes())
         return f"vlm-{digest.hexdigest()[:12]}"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 
 from data_pipeline.errors import InputError
 
@@ -33,6 +34,14 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"({self.num_nodes} nodes); set it to {world}, or trainer.devices and num_nodes to match"
             )
         super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """Refuses stages that shard nothing: each rank would train a model of its own."""
+        model = self.lightning_module
+        assert model is not None
+        if not any(isinstance(p, DTensor) for p in model.parameters()):
+            raise InputError(f"{type(model).__name__} does not shard its weights; use trainer.strategy ddp")
+        super().setup(trainer)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Every rank reads a file that the first has found whole; weights and optimiser go to their shards."""

@@ -80,6 +80,7 @@ class Vlm(nn.Module):
         if has_adapters(model):
             model = type(self.model)(self.model.config)
             model.load_state_dict(merged_state(self.model))
+            model.generation_config = self.model.generation_config
             model.to(self.model.dtype)
         model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -160,7 +161,9 @@ class Vlm(nn.Module):
 
         Conversations are read `rows` at a time, filled up where there are fewer, those of one geometry together: so the
         same one gives the same bits whatever is beside it. As the model is causal, padding behind changes nothing.
+        On a GPU, which one conversation keeps busy, each is read alone.
         """
+        rows = 1 if self.device.type == "cuda" else rows
         found: list[Features | None] = [None] * len(conversations)
         seen = [[self.patches(picture) for picture in own] for own in pictures]
         grids = [[grid for _, grid in own] for own in seen]

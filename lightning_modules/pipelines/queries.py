@@ -67,7 +67,7 @@ class QueryCache:
         if self.store is not None:
             for name in dict.fromkeys(names):
                 if name not in found and (features := self.store.get(name)) is not None:
-                    found[name] = features
+                    found[name] = {key: tensor.to(self.pipeline.vlm.device) for key, tensor in features.items()}
         missing = {name: i for i, name in enumerate(names) if name not in found}
         if missing:
             rows = [*missing.values()]

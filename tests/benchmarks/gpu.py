@@ -200,7 +200,7 @@ def measured(case: Case, cached: bool, compiled: bool, steps: int) -> dict[str, 
         accelerator="auto", devices=1, max_steps=steps + WARM_UP, max_epochs=-1, logger=False,
         precision="bf16-mixed" if GPU and case.reinforced else "32-true",
         gradient_clip_val=None if case.reinforced else 1.0,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[clock, EMA()],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[EMA(), clock],
     )  # fmt: skip
     trainer.fit(module, DataLoader(Batches(case, cached, factor, channels), batch_size=None))
     seconds = sorted(clock.seconds[WARM_UP:])[steps // 2]  # the median
