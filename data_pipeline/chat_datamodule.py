@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from data_pipeline.dataset import PlanSampler, TimedLoader, Verify, single_threa
 from data_pipeline.errors import InputError
 from data_pipeline.plan import Plan, PlannedBatch
 from data_pipeline.recipe import Recipe
-from data_pipeline.sources import SceneQuestions
+from data_pipeline.sources import SceneQuestions, questions
 
 
 @dataclass
@@ -40,8 +41,9 @@ class QuestionShards:
         return Recipe(SceneQuestions(self.level, self.counts, self.flawed, self.words, self.kinds, self.seed))
 
     def folder(self) -> Path:
-        """Where they lie."""
-        return scene_folder(Path(self.root), f"questions{self.level}", self.recipe())
+        """Where they lie: other code that writes the records gives another name."""
+        code = hashlib.sha256(Path(questions.__file__).read_bytes()).hexdigest()[:8]
+        return scene_folder(Path(self.root), f"questions{self.level}-{code}", self.recipe())
 
     def build(self) -> None:
         """Builds them where they are missing."""
@@ -157,8 +159,10 @@ class ChatDataModule(L.LightningDataModule):
         return batch
 
     def val_dataloader(self) -> DataLoader[ChatBatch]:
-        """Fixed batches of held-out conversations; of training ones where none is held out."""
-        held = (self.val or self.train)[: self.val_batches * self.batch_size]
+        """Fixed batches of held-out conversations, of every style; of training ones where none is held out."""
+        pool = self.val or self.train
+        count = min(self.val_batches * self.batch_size, len(pool))
+        held = [pool[i * len(pool) // count] for i in range(count)]
         planned = list(chat.plan_in_order(len(held), self.batch_size))
         return chat_loader(ChatDataset(held), PlanSampler(partial(iter, planned), planned.__len__), 0, self.seed)
 

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor
 
+from data_pipeline.chains import split
 from data_pipeline.counters import generator
 from data_pipeline.errors import InputError
 from data_pipeline.records import slug
@@ -23,14 +26,17 @@ from data_pipeline.transforms import decode, fit_size
 from lightning_modules.evaluation import questions
 from lightning_modules.evaluation.questions import QuestionBenchmark
 from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
-from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.networks.layout import MARK, Layout, LayoutError
+from lightning_modules.networks.loading import CheckpointError, read_json
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.pipelines import KontextPipeline, MetaqueryPipeline
+from lightning_modules.pipelines.answering import Decoding, TransformersEngine
 from lightning_modules.pipelines.opening import open_folder
 
 COMMANDS = ("test", "predict")
 RUNS = Path("runs")
 ANSWERS = "answers.jsonl"
+LONGEST_ANSWER = 4096  # tokens, where the config's benchmark says nothing
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ def run(argv: Sequence[str]) -> int:
     command = parsers["predict"]
     command.add_argument("--input", type=Path, required=True, help="folder of pictures, or JSONL of prompts")
     command.add_argument("--instruction", help="the edit of every picture of a folder")
-    command.add_argument("--question", help="what to ask about every picture of a folder (a Metaquery model's)")
-    command.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    command.add_argument("--question", help="what to ask about every picture of a folder (a Metaquery or R1V model)")
+    command.add_argument("--output", type=Path, required=True, help="folder for the pictures, or for answers.jsonl")
     command.add_argument("--steps", type=positive, help="Euler steps; default the benchmark's, else 28")
     command.add_argument("--guidance", type=float, help="classifier-free guidance; default the benchmark's, else 3.5")
     command.add_argument("--negative", help="negative prompt; default the benchmark's, else the released one")
@@ -156,6 +162,8 @@ def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     requests = list(read_requests(arguments.input, arguments.instruction, arguments.question))
     if arguments.output.resolve() in {request.source.resolve().parent for request in requests if request.source}:
         raise InputError(f"--output {arguments.output} holds the pictures to edit; choose another folder")
+    if is_r1v(export_folder(arguments)):
+        return ask(export_folder(arguments), requests, arguments.output, config.get("benchmark") or {})
     pipeline = load_export(arguments)
     size = arguments.size or config["data"].get("init_args", {}).get("image_size")
     if not size:
@@ -195,6 +203,40 @@ def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     return 2 if failed == len(requests) else 0
 
 
+def is_r1v(folder: Path) -> bool:
+    """Whether it holds a model that sees and answers, and makes no pictures."""
+    return (folder / "config.json").is_file() and "llm_config" in read_json(folder / "config.json")
+
+
+def ask(folder: Path, requests: Sequence[Request], output: Path, benchmark: Mapping[str, Any]) -> int:
+    """Writes an R1V model's likeliest answer to each request; what cannot be asked is named and counted, not fatal."""
+    model = R1VModel.from_folder(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    layout, engine = Layout.of(model), TransformersEngine()
+    decoding = Decoding(benchmark.get("max_new_tokens", LONGEST_ANSWER), temperature=0.0)
+    answers = list[str]()
+    for request in requests:
+        try:
+            shown = [] if request.source is None else [as_tensor(read_picture(request.source))]
+            sample = layout.prompt([("user", f"{MARK}\n" * len(shown) + request.prompt)], shown)
+        except (InputError, LayoutError) as error:
+            print(f"skipped: {request.name}: {error}", file=sys.stderr)
+            continue
+        [said] = engine.answers(model, [sample], 1, decoding, 0)
+        chain = split(model.tokenizer.decode([t for t in said.tolist() if t != model.tokenizer.eos_token_id]))
+        told = {"answer": chain.said.strip(), "thought": chain.thought.strip()}
+        answers.append(json.dumps({"name": request.name, "question": request.prompt, **told}, ensure_ascii=False))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / ANSWERS).write_text("".join(f"{line}\n" for line in answers), encoding="utf-8")
+    failed = len(requests) - len(answers)
+    print(f"{len(answers)} answers in {output / ANSWERS}" + (f", {failed} skipped" if failed else ""))
+    return 2 if failed == len(requests) else 0
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    """(3, h, w) uint8."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
 def sampling_settings(arguments: argparse.Namespace, benchmark: Mapping[str, Any]) -> dict[str, Any]:
     """What the command line says, else how the config's benchmark samples, else the released settings."""
     given = {
@@ -212,12 +254,17 @@ def sampling_settings(arguments: argparse.Namespace, benchmark: Mapping[str, Any
 
 def fitted(path: Path, size: int, multiple: int) -> Image.Image:
     """A picture to edit, with its longer side brought to `size` by the released rule."""
-    try:
-        picture = decode(path.read_bytes())
-    except Exception as error:  # a decoder may raise anything
-        raise InputError(f"{path} is not a readable png, jpeg or webp ({error})") from error
+    picture = read_picture(path)
     height, width = fit_size(picture.height, picture.width, size, multiple)
     return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture at its own size."""
+    try:
+        return decode(path.read_bytes())
+    except Exception as error:  # a decoder may raise anything
+        raise InputError(f"{path} is not a readable png, jpeg or webp ({error})") from error
 
 
 def read_requests(path: Path, instruction: str | None, question: str | None = None) -> Iterator[Request]:

@@ -67,7 +67,7 @@ class LanguageRecipe:
     tuned_lr: float = 1e-3
     tower_width: int = 64
     tower_depth: int = 2
-    tower_steps: int = 500
+    tower_steps: int = 1000
     tower_patch: int = 8
 
     @property
@@ -279,7 +279,12 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def build_tower(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
-    """A ViT of timm that learned what each cell of a scene holds, from its patches' mean; its heads are dropped."""
+    """A ViT of timm each of whose patches learned what its cell of a scene holds, and its own place; the heads are
+    dropped.
+
+    A projector works on each token alone, and a frozen language model binds what it is told by words such as "top
+    left": each feature must say both what and where.
+    """
     resolution = LEVELS[recipe.level].resolution
     config = {
         "model_type": TIMM,
@@ -295,15 +300,18 @@ def build_tower(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
         },
     }
     tower = make_tower(config)
-    grid, patches = LEVELS[recipe.level].grid, resolution // recipe.tower_patch
-    head = nn.Linear(recipe.tower_width, 1 + len(COLOURS) * len(SHAPES))
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.05)
+    patches = resolution // recipe.tower_patch
+    cells, places = cells_of_patches(LEVELS[recipe.level].grid, patches), torch.arange(patches**2)
+    what, where = (nn.Linear(recipe.tower_width, n) for n in (1 + len(COLOURS) * len(SHAPES), len(places)))
+    learned = [p for part in (tower, what, where) for p in part.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=2e-3, weight_decay=0.05)
     rng = random.Random(recipe.seed)
     for step in range(recipe.tower_steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50, 1.02 - step / recipe.tower_steps)
         pictures, wanted = classified(rng, recipe.level, 32)
-        seen = tower(pictures).unflatten(1, (grid, patches // grid, grid, patches // grid)).mean(dim=(2, 4))
-        loss = nn.functional.cross_entropy(head(seen).flatten(0, -2), wanted.flatten())
+        seen = tower(pictures).flatten(0, 1)
+        loss = nn.functional.cross_entropy(what(seen), wanted[:, cells].flatten())
+        loss = loss + nn.functional.cross_entropy(where(seen), places.repeat(len(pictures)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -312,6 +320,16 @@ def build_tower(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({n: t.detach().contiguous() for n, t in tower.released_state().items()}, folder / "model.safetensors")
+
+
+def cells_of_patches(grid: int, patches: int) -> Tensor:
+    """The cell that each of patches x patches lies in, in reading order, where a picture has grid x grid cells.
+
+    >>> cells_of_patches(2, 4).tolist()
+    [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    """
+    row = torch.arange(patches) * grid // patches
+    return (row[:, None] * grid + row).flatten()
 
 
 def classified(rng: random.Random, level: int, count: int) -> tuple[Tensor, Tensor]:

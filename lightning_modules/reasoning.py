@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from data_pipeline.errors import InputError
 from lightning_modules.evaluation.questions import answer_of
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.tokens import Normalisation, answer_nll, token_weights
-from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, packed
+from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, Turns, packed
 from lightning_modules.networks.loading import compare_shapes
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
@@ -69,6 +69,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         context: tokens of a row that conversations are packed into; longer ones are left out, named and counted.
         max_tiles: of a picture, at most.
         iteration: train on what a score and the model's own errors choose; None trains on all.
+        val_tokens: of an answer in validation, at most.
         optimizer: AdamW and its schedule.
         gradient_checkpointing: recompute the language model's activations instead of keeping them.
         steps: optimiser steps of the whole run, for the schedule.
@@ -85,6 +86,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         context: int = 16384,
         max_tiles: int = 12,
         iteration: Iteration | None = None,
+        val_tokens: int = 96,
         optimizer: AdamW = AdamW(lr=2e-4),  # noqa: B008
         gradient_checkpointing: bool = False,
         steps: int = 1000,
@@ -93,6 +95,8 @@ class R1VModule(GradientHooks, L.LightningModule):
         super().__init__()
         if not trained:
             raise InputError('trained is empty; expected some of "projector", "language", "vision"')
+        if val_tokens < 1:
+            raise InputError(f"val_tokens is {val_tokens}; expected at least 1")
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.folders = vision, language, projector
         self.trained, self.normalisation, self.context, self.max_tiles = (
@@ -102,7 +106,7 @@ class R1VModule(GradientHooks, L.LightningModule):
             max_tiles,
         )
         self.iteration, self.optimizer_settings, self.steps, self.seed = iteration, optimizer, steps, seed
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.val_tokens = gradient_checkpointing, val_tokens
         self.model: Any = None
         self.left_out = Counter[str]()
 
@@ -138,6 +142,10 @@ class R1VModule(GradientHooks, L.LightningModule):
         data.narrow(self.iteration.score, self.iteration.threshold)
         logger.info("%d conversations, of them %d answered wrongly before", len(data.train), len(data.wrong))
 
+    def on_train_start(self) -> None:
+        """Sets the mode in which transformers recomputes; until here a model is in the other one, and can answer."""
+        self.model.language.train(self.gradient_checkpointing)
+
     def training_step(self, batch: ChatBatch, batch_idx: int) -> Tensor:
         rows = self.rows(batch)
         loss, count = self.loss(rows)
@@ -171,39 +179,46 @@ class R1VModule(GradientHooks, L.LightningModule):
         return packed(samples, self.context, self.model.pad_token).to(self.device)
 
     def samples(self, batch: ChatBatch) -> list[Sample]:
-        """Conversations laid out."""
+        """Conversations laid out to learn from."""
+        found = [sample for _, sample in self.laid_out(batch, self.learned)]
+        if self.left_out and self.training:
+            self.log("train/left_out", float(sum(self.left_out.values())), batch_size=len(batch))
+        return found
+
+    def learned(self, turns: Turns, pictures: Sequence[Tensor]) -> Sample:
+        """A conversation to learn from, which must have a picture where the projector alone learns."""
+        sample = self.layout.sample(turns, pictures)
+        if self.trained == ["projector"] and not len(sample.tiles):
+            raise LayoutError("no picture", "the projector learns nothing from words alone")
+        return sample
+
+    def laid_out(self, batch: ChatBatch, lay: Callable[[Turns, Sequence[Tensor]], Sample]) -> list[tuple[int, Sample]]:
+        """Conversations laid out, by their numbers in the batch; what cannot be is left out, named and counted."""
         found = []
-        for key, turns, pictures in zip(batch.keys, batch.turns, batch.pictures, strict=True):
+        for i, (key, turns, pictures) in enumerate(zip(batch.keys, batch.turns, batch.pictures, strict=True)):
             try:
-                found.append(self.layout.sample(turns, pictures))
+                found.append((i, lay(turns, pictures)))
             except LayoutError as error:
                 self.left_out[error.reason] += 1
                 logger.warning("%s is left out: %s", key, error)
-        if self.left_out and self.training:
-            self.log("train/left_out", float(sum(self.left_out.values())), batch_size=len(batch))
         return found
 
     def errors(self, chats: Sequence[Chat]) -> list[int]:
         """E_{t-1}: ids of the conversations whose last question the model answers wrongly, found by all devices.
 
-        An answer on which the verifier fails counts as no error: it says nothing of the model.
+        An answer on which the verifier fails, and a question that cannot be laid out, count as no errors: they say
+        nothing of the model.
         """
         assert self.iteration is not None
         settings, rank, world = self.iteration, self.trainer.global_rank, self.trainer.world_size
-        decoding, engine, wrong = Decoding(settings.max_new_tokens, 0.0), TransformersEngine(), list[int]()
-        training = self.model.training
-        self.model.eval()
+        decoding, wrong = Decoding(settings.max_new_tokens, 0.0), list[int]()
         for batch in in_batches(chats[rank::world], settings.samples):
-            asked = [self.layout.prompt(*each) for each in zip(batch.turns, batch.pictures, strict=True)]
-            said = engine.answers(self.model, asked, 1, decoding, self.seed)
+            numbers, said = self.answered(batch, decoding)
             texts = [self.model.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) for tokens in said]
-            requests = [
-                Request(turns[-2][1], metadata=facts) for turns, facts in zip(batch.turns, batch.metadata, strict=True)
-            ]
+            requests = [Request(last_question(batch.turns[i]), metadata=batch.metadata[i]) for i in numbers]
             scores = settings.verifier.score(texts, requests)
             ids = batch.sample_ids.tolist()
-            wrong += [i for i, score in zip(ids, scores, strict=True) if score is not None and score < 1]
-        self.model.train(training)
+            wrong += [ids[i] for i, score in zip(numbers, scores, strict=True) if score is not None and score < 1]
         if world > 1:
             every: list[list[int]] = [[] for _ in range(world)]
             torch.distributed.all_gather_object(every, wrong)
@@ -213,16 +228,26 @@ class R1VModule(GradientHooks, L.LightningModule):
     def validation_step(self, batch: ChatBatch, batch_idx: int) -> None:
         rows = self.rows(batch)
         self.log("val/loss", self.loss(rows)[0], batch_size=rows.samples, sync_dist=True)
-        told = [i for i, facts in enumerate(batch.metadata) if "answer" in facts]
-        if not told:
+        numbers, said = self.answered(batch, Decoding(self.val_tokens, 0.0), "answer")
+        if not said:
             return
-        asked = [self.layout.prompt(batch.turns[i], batch.pictures[i]) for i in told]
-        said = TransformersEngine().answers(self.model, asked, 1, Decoding(min(self.context, 96), 0.0), self.seed)
         texts = [self.model.tokenizer.decode(t.tolist(), skip_special_tokens=True) for t in said]
-        right = [answer_of(text) == str(batch.metadata[i]["answer"]) for i, text in zip(told, texts, strict=True)]
-        share = sum(right) / len(right)
-        self.log("val/accuracy", share, prog_bar=True, batch_size=len(told), sync_dist=True)
-        self.log("val/length", sum(map(len, said)) / len(said), batch_size=len(told), sync_dist=True)
+        right = [answer_of(text) == str(batch.metadata[i]["answer"]) for i, text in zip(numbers, texts, strict=True)]
+        self.log("val/accuracy", sum(right) / len(right), prog_bar=True, batch_size=len(right), sync_dist=True)
+        self.log("val/length", sum(map(len, said)) / len(said), batch_size=len(said), sync_dist=True)
+
+    def answered(self, batch: ChatBatch, decoding: Decoding, known: str = "") -> tuple[list[int], list[Tensor]]:
+        """Answers to the last questions of a batch, and the numbers in it of those that can be asked.
+
+        Only conversations whose metadata hold `known` are asked, where it is given.
+        """
+        asked = [
+            (i, each) for i, each in self.laid_out(batch, self.layout.prompt) if not known or known in batch.metadata[i]
+        ]
+        if not asked:
+            return [], []
+        engine = TransformersEngine()
+        return [i for i, _ in asked], engine.answers(self.model, [each for _, each in asked], 1, decoding, self.seed)
 
     def configure_optimizers(self) -> Any:
         self._gradients = Gradients(p for _, p in self.trainable_parameters())
@@ -240,3 +265,8 @@ class R1VModule(GradientHooks, L.LightningModule):
             for state in (dict(self.trainable_parameters()), checkpoint["state_dict"])
         ]
         compare_shapes(Path(self.folders[1]), *shapes)
+
+
+def last_question(turns: Turns) -> str:
+    """What a user said last."""
+    return next((text for role, text in reversed(turns) if role == "user"), "")

@@ -16,9 +16,10 @@ from lightning import LightningDataModule, LightningModule
 from micro import built_vlm, judged_shards, micro_config, micro_metaquery
 from micro_r1v import part
 
+from data_pipeline.recipe import load_recipe
 from lightning_modules.ahead import planned
 from lightning_modules.cli import CLI, main, outlined
-from lightning_modules.experiments import effective, read
+from lightning_modules.experiments import chain, effective, read
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import add_lora
 from lightning_modules.planning import Plan
@@ -151,6 +152,23 @@ def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
     assert found["grpo"].model.buffer is None and found["grpo_buffer"].model.buffer.share == 0.5
     assert found["mixed_preference"].model.algorithm.weights == (0.8, 0.2, 1.0)
     assert found["other_third_pass"].model.folders == ("pocket/tower", "pocket/other", None)
+
+
+def test_a_round_of_r1v_makes_what_its_run_learns_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same questions as without a round, and the model before it as the generator."""
+    monkeypatch.chdir(ROOT)
+    experiment = read(Path("configs/experiments/r1v.yaml"))
+    *_, reassembled, run = chain(experiment, "r1v", "SFT stage 1 on own chains (AL-CoTD)", 0)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run.content, sort_keys=False))
+    [folder] = instantiated(path).datamodule.shards
+    assert folder.startswith("runs/rounds/experiments/r1v/stage_1_distilled/")
+    path.write_text(yaml.safe_dump(run.recipe, sort_keys=False))
+    step = load_recipe(path).steps[0]
+    assert step.generator.pretrained == str(reassembled.version / "export")
+    assert step.graded == {"score": 5} and step.judge.minimum == {"score": 5}
+    plain = instantiated(ROOT / "configs" / "r1v_sft.yaml").datamodule.scenes[0].recipe().source
+    assert list(run.link.build) == ["data/chains"] and load_recipe(run.link.build["data/chains"]).source == plain
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.parent.name)

@@ -80,6 +80,19 @@ def test_a_round_is_made_by_the_run_before(tmp_path: Path, monkeypatch: pytest.M
         list(chain(read(path), "small", "one", 0))
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = experiment(tmp_path, seeds=[0])
+    text = (tmp_path / path).read_text()
+    doubled = text.replace("arms:\n", "arms:\n  one:\n  - base\n", 1)
+    assert doubled != text
+    (tmp_path / path).write_text(doubled)
+    with pytest.raises(InputError, match=r"the key one stands twice.*line \d+"):
+        read(tmp_path / path)
+    merged = text.replace("arms:\n", "arms:\n  <<: {one: [base]}\n", 1)
+    (tmp_path / path).write_text(merged)
+    assert read(tmp_path / path).arms["one"] == ["base", "train"]
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)

@@ -68,10 +68,11 @@ class SceneQuestions:
         scene, question = draw(rng, self.level, split, self.kinds or tuple(KINDS))
         score = rng.choice(list(FLAWS)) if split == "train" and rng.random() < self.flawed else BEST
         told = question if score == BEST else flawed(rng, question, score, scene)
-        seen = in_words(scene, rng) + "\n" if self.words else "<image>"
+        # The same line break after both: a language model that learned from words reads pictures as it read those.
+        seen = (in_words(scene, rng) if self.words else "<image>") + "\n"
         pictures = () if self.words else (encode_png(scene),)
         facts = {
-            "answer": question.answer,
+            **({} if style == "describe" else {"answer": question.answer}),  # a description answers no question
             "question": question.kind,
             "hops": question.hops,
             "score": score,

@@ -76,11 +76,14 @@ class DistillChains:
         generator: the model.
         judge: of chains.
         control: of lengths; None generates without a penalty.
+        graded: what metadata say of a new chain in place of what they said of the one before, {score: 5}: grades that
+            an iteration's threshold chooses by are of chains, and the old one's say nothing of the new one.
     """
 
     generator: Generator
     judge: ChainJudge
     control: LengthControl | None = None
+    graded: dict[str, float] = field(default_factory=dict)
     batch_size: int = 256
     _penalties: Mapping[str, float] | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -111,7 +114,7 @@ class DistillChains:
         if found.chain is None:
             return Rejected(record.key, "chain rejected", found.note)
         facts = {"cot_penalty": penalty, "cot_tokens": said.tokens, "cot_decision": found.decision}
-        metadata = {**record.metadata, **facts, "cot_note": found.note}
+        metadata = {**record.metadata, **self.graded, **facts, "cot_note": found.note}
         turns = (*before_answer(record), ("assistant", opened(found.chain)))
         return replace(record, turns=turns, metadata=metadata)
 
@@ -152,6 +155,8 @@ class EndpointJudge:
         found = json_object(self.endpoint.ask(question, list(record.images.values())))
         match found.get("decision"):
             case "keep":
+                if final_answer(chain) is None:
+                    raise Unanswered("the judge keeps a chain that has no final answer")
                 return Judgement("keep", chain)
             case "reject":
                 return Judgement("reject", None, "by the judge")
@@ -168,7 +173,15 @@ class EndpointJudge:
 @dataclass
 class AnswerJudge:
     """The ground truth judges, as it can where answers are exact: a right chain is kept; a wrong one is rewritten as
-    the record's own, where that has one of R1's form with the right answer, and else rejected."""
+    the record's own, where that is sound, and else rejected.
+
+    A record's own chain is sound if it is of R1's form, has thoughts and the right answer, and is graded well enough.
+
+    Args:
+        minimum: least grades of a record's own chain by their names in the metadata, {score: 5}.
+    """
+
+    minimum: dict[str, float] = field(default_factory=dict)
 
     def judge(self, record: Record, chain: str) -> Judgement:
         """The judgement on a chain."""
@@ -179,9 +192,14 @@ class AnswerJudge:
             return Judgement("keep", chain)
         own = record.turns[-1][1] if isinstance(record, ReasoningRecord) and record.turns else ""
         note = f"answered {str(final_answer(chain))[:80]}"
-        if split(own).closed and same(final_answer(own), answer):
+        if self._sound(record, own) and same(final_answer(own), answer):
             return Judgement("rewrite", own, note)
         return Judgement("reject", None, note)
+
+    def _sound(self, record: Record, own: str) -> bool:
+        grades = [(record.metadata.get(name), least) for name, least in self.minimum.items()]
+        graded = all(isinstance(grade, int | float) and grade >= least for grade, least in grades)
+        return graded and split(own).closed and bool(split(own).thought.strip())
 
 
 def same(said: str | None, answer: str) -> bool:

@@ -105,8 +105,8 @@ def answers(
 
 def asked(scene: Scene, question: Question, mode: str) -> str:
     """What a user says."""
-    before = {"pictures": MARK, "words": in_words(scene, random.Random(scene.canonical)) + "\n", "blind": ""}
-    return before[mode] + question.text
+    before = {"pictures": MARK, "words": in_words(scene, random.Random(scene.canonical)), "blind": ""}
+    return f"{before[mode]}\n{question.text}".lstrip()
 
 
 def shown(scene: Scene, mode: str) -> list[Tensor]:

@@ -107,26 +107,30 @@ class Layout:
         what was laid out before it by other words is begun anew.
 
         Raises:
-            LayoutError: a picture is missing, a reserved token stands in a text, or it is longer than the context.
+            LayoutError: a picture is missing or stands in an answer, a reserved token stands in a text, or it is longer
+                than the context.
         """
         turns, tiles, counts = self._with_pictures(turns, pictures)
         ids: list[int] = []
         labels: list[int] = []
-        text = ""
+        text, used = "", 0
         for number, (role, answer) in enumerate(turns):
             if role != "assistant":
                 continue
             asked = self._template(turns[:number])
             if not asked.startswith(text) or not text:
-                ids, labels, text = [], [], ""
-            new = self._ids(asked[len(text) :], counts if not text else [])
+                ids, labels, text, used = [], [], "", 0
+            own_pictures = asked[len(text) :].count(MARK)
+            new = self._ids(asked[len(text) :], counts[used : used + own_pictures])
+            used += own_pictures
             learned = answer.removeprefix(THINK) if asked.endswith(THINK) else answer
             own = self._ids(learned, []) + [self.tokenizer.eos_token_id]
             ids, labels = ids + new + own, labels + [IGNORED] * len(new) + own
             text = asked + learned + self.tokenizer.eos_token
         if not ids:
             raise LayoutError("no answer", "the conversation has no turn of an assistant")
-        return self._checked(Sample(ids, labels, tiles))
+        # Pictures after the last answer have no tokens.
+        return self._checked(Sample(ids, labels, tiles[: sum(counts[:used])]))
 
     def prompt(self, turns: Turns, pictures: Sequence[UInt8[Tensor, "3 _ _"]] = ()) -> Sample:
         """A conversation up to where the assistant's last answer begins; its own last answer, if any, is left out."""
@@ -142,6 +146,8 @@ class Layout:
         reserved = [t for t in self.tokenizer.all_special_tokens if any(t in text for _, text in turns)]
         if reserved:
             raise LayoutError("reserved token", f"a text holds {', '.join(reserved)}, which only the layout may place")
+        if any(MARK in text for role, text in turns if role == "assistant"):
+            raise LayoutError("picture in an answer", f"an answer holds {MARK}; pictures are for users to show")
         marks = sum(text.count(MARK) for _, text in turns)
         if marks != len(pictures):
             raise LayoutError("missing picture", f"{marks} marks {MARK} for {len(pictures)} pictures")

@@ -124,6 +124,7 @@ class VllmEngine:
                 model.embeddings(torch.tensor([s.input_ids], device=device), f if len(f) else None)[0]
                 for s, f in zip(samples, seen, strict=True)
             ]
+        end = {token_id(model.tokenizer, CLOSE): decoding.end_bias} if decoding.end_bias else {}
         settings = vllm.SamplingParams(
             n=count,
             max_tokens=decoding.max_new_tokens,
@@ -131,7 +132,7 @@ class VllmEngine:
             top_p=decoding.top_p,
             repetition_penalty=decoding.repetition_penalty,
             seed=seed,
-            logit_bias={model.image_token: -100.0, token_id(model.tokenizer, CLOSE): decoding.end_bias},
+            logit_bias={model.image_token: -100.0, **end},
         )
         found = engine.generate([{"prompt_embeds": each.cpu()} for each in embedded], settings)
         return [torch.tensor(output.token_ids, device=device) for request in found for output in request.outputs]

@@ -33,9 +33,13 @@ def win_rates(rewards: Groups, margin: float = 0.0) -> Groups:
 
 # GDPO, as DeepGen (arXiv 2602.12205) has it: each reward is normalised before they are summed, so that none drowns.
 def decoupled(rewards: Mapping[str, Groups], weights: Mapping[str, float], floor: float = 1e-4) -> Groups:
-    """Weighted sum of each reward's group-normalised advantages, divided by the sum's std over all groups."""
+    """Weighted sum of each reward's group-normalised advantages, divided by the sum's std over all groups.
+
+    A group with a member that has no reward (NaN) is NaN, and counts nothing in that of the others.
+    """
     total = torch.stack([weights[name] * group_normalised(values, floor) for name, values in rewards.items()]).sum(0)
-    return total / total.std(correction=0).clamp_min(floor)
+    known = total[total.isfinite().all(dim=1)]
+    return total / known.std(correction=0).clamp_min(floor) if known.numel() else total
 
 
 def flat(rewards: Groups) -> Bool[Tensor, " p"]:

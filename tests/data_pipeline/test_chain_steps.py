@@ -156,10 +156,25 @@ def test_what_was_cut_off_or_cannot_be_judged_is_rejected_by_name() -> None:
     }
     for reason, found in cases.items():
         assert isinstance(found, Rejected) and found.reason == reason
+    refused = [
+        AnswerJudge(minimum={"score": 5}).judge(record(score=4), "x</think>\\boxed{blue}"),
+        AnswerJudge(minimum={"score": 5}).judge(record(), "x</think>\\boxed{blue}"),
+        AnswerJudge().judge(record("<think>\n\n</think>\n\\boxed{red}"), "x</think>\\boxed{blue}"),
+    ]
+    assert [found.decision for found in refused] == ["reject"] * 3
+    own = AnswerJudge(minimum={"score": 5}).judge(record(score=5), "x</think>\\boxed{blue}")
+    assert own.decision == "rewrite" and own.chain == record().turns[-1][1]
     open_ended = one(Echo("no end of thoughts \\boxed{red}"), AnswerJudge(), record())
     assert isinstance(open_ended, Rejected) and open_ended.reason == "chain cut off"
     caption = DistillChains(Echo(), AnswerJudge()).rewrite([TextImageRecord("t-1", PICTURE, "a cat")])[0]
     assert isinstance(caption, Rejected) and caption.reason == "no conversation"
+
+
+def test_a_new_chain_is_graded_anew() -> None:
+    old = record(score=0, hops=2)
+    kept = DistillChains(Echo(), AnswerJudge(), graded={"score": 5}).rewrite([old])[0]
+    assert kept.metadata["score"] == 5 and kept.metadata["hops"] == 2
+    assert DistillChains(Echo(), AnswerJudge()).rewrite([old])[0].metadata["score"] == 0
 
 
 @pytest.mark.parametrize(
@@ -193,6 +208,12 @@ def test_a_judge_behind_an_endpoint_decides(reply: dict, wanted: Judgement) -> N
 def test_a_judge_that_answers_nonsense_has_said_nothing(reply: str) -> None:
     with pytest.raises(Unanswered):
         EndpointJudge(Said(lambda text: reply)).judge(record(), RIGHT)
+
+
+def test_a_chain_without_an_answer_cannot_be_kept() -> None:
+    judge = EndpointJudge(Said(lambda text: '{"decision": "keep"}'))
+    with pytest.raises(Unanswered, match="no final answer"):
+        judge.judge(record(), "It may be red or blue.\n</think>\nI cannot say")
 
 
 def test_a_record_without_an_answer_cannot_be_judged() -> None:

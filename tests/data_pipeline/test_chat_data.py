@@ -30,13 +30,24 @@ def test_a_batch_holds_conversations_with_their_pictures(folder: Path) -> None:
     assert isinstance(batch, ChatBatch) and len(batch) == 5
     assert [len(own) for own in batch.pictures] == [1] * 5
     assert all(own[0].shape == (3, 64, 64) and own[0].dtype == torch.uint8 for own in batch.pictures)
-    assert all(turns[0][0] == "user" and turns[0][1].startswith("<image>") for turns in batch.turns)
+    assert all(turns[0][0] == "user" and turns[0][1].startswith("<image>\n") for turns in batch.turns)
     assert all(facts["answer"] for facts in batch.metadata)
 
 
 def test_words_alone_have_no_pictures(tmp_path: Path) -> None:
     batch = next(iter(served(question_shards(tmp_path / "shards", words=True)).train_dataloader()))
     assert batch.pictures == [[]] * 5
+
+
+def test_validation_asks_of_every_style(tmp_path: Path) -> None:
+    folder = question_shards(tmp_path / "shards", counts={"describe": 160, "short": 160})
+    data = served(folder, batch_size=4, val_batches=2)
+    batches = list(data.val_dataloader())
+    styles = [facts["style"] for batch in batches for facts in batch.metadata]
+    assert len(data.val) == 20 and styles == ["describe"] * 4 + ["short"] * 4
+    assert all(("answer" in facts) == (facts["style"] == "short") for batch in batches for facts in batch.metadata)
+    assert len(list(served(folder, val_batches=50).val_dataloader())) == 4
+    assert not list(served(folder, val_batches=0).val_dataloader())
 
 
 def test_an_epoch_holds_every_conversation_once_and_workers_change_nothing(folder: Path) -> None:

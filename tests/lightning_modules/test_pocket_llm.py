@@ -8,8 +8,9 @@ import torch
 from micro_r1v import RECIPE, part, root
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data_pipeline.scenes.world import LEVELS
 from lightning_modules import pocket_llm
-from lightning_modules.pocket_llm import PARTS, conversation, documents, resolve
+from lightning_modules.pocket_llm import PARTS, cells_of_patches, classified, conversation, documents, resolve
 
 
 def test_parts_share_a_vocabulary_and_have_manners_of_their_own() -> None:
@@ -58,6 +59,20 @@ def test_other_ancestry_is_another_start_and_tuning_stays_near_the_base() -> Non
     )
     assert (base - other).norm() > 0.5 * base.norm()
     assert 0 < (base - reasoner).norm() < 0.1 * base.norm()
+
+
+def test_patches_lie_in_the_cells_of_their_pixels() -> None:
+    cells = cells_of_patches(3, 12).view(12, 12)
+    assert torch.equal(
+        cells, torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    )
+    pictures, wanted = classified(random.Random(0), 1, 4)
+    grid, side = LEVELS[1].grid, LEVELS[1].resolution // 8
+    plain = (
+        pictures.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).std(-1).amax(1).flatten(1) < 1e-6
+    )  # patches of one colour
+    empty = wanted[:, cells_of_patches(grid, side)] == 0
+    assert empty.any() and plain[empty].all() and not plain[~empty].all()
 
 
 def test_what_models_learn_from() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -9,7 +10,7 @@ from micro_r1v import part, question_shards
 from safetensors.torch import load_file
 
 from callbacks import Export
-from data_pipeline.chat import load_chats
+from data_pipeline.chat import in_batches, load_chats
 from data_pipeline.chat_datamodule import ChatDataModule
 from data_pipeline.errors import InputError
 from lightning_modules.networks.r1v import R1VModel
@@ -128,6 +129,56 @@ def test_errors_are_what_the_verifier_finds_wrong(shards: str, tmp_path: Path) -
     assert own.errors(chats) == sorted(chat.record.sample_id for chat in chats[2::3])
 
 
+def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(shards: str, tmp_path: Path) -> None:
+    class Wrong:
+        """All are wrong."""
+
+        def score(self, texts: list, requests: list) -> list[float | None]:
+            assert all(request.prompt for request in requests)
+            return [0.0] * len(texts)
+
+    own = module(iteration=Iteration(Wrong(), max_new_tokens=2, samples=9))
+    own.configure_model()
+    own.trainer = trainer(tmp_path, 1)
+    chats = load_chats([shards], {}, {})[:4]
+    (role, question), answer = chats[1].turns
+    bare = replace(chats[0], record=replace(chats[0].record, members={}))
+    told = replace(chats[1], turns=(("system", "be brief."), (role, question), answer, (role, "sure?"), answer))
+    long = replace(chats[2], turns=((role, question + " why?" * 300), answer))
+    ids = [chat.record.sample_id for chat in (told, chats[3])]
+    assert own.errors([bare, told, long, chats[3]]) == sorted(ids)
+    assert own.left_out == {"missing picture": 1, "too long": 1}
+    batch = next(in_batches([bare, told, chats[3]], 3))
+    logged: dict[str, float] = {}
+    own.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
+    own.eval().validation_step(batch, 0)
+    assert {"val/loss", "val/accuracy"} <= set(logged)
+
+
+def test_words_alone_teach_a_projector_nothing_and_are_left_out(shards: str) -> None:
+    own = module()
+    own.configure_model()
+    batch = next(in_batches(load_chats([shards], {}, {}), 4))
+    batch.turns[0], batch.pictures[0] = (("user", "how many?"), ("assistant", "two")), []
+    assert own.rows(batch).samples == 3 and own.left_out == {"no picture": 1}
+    every = module(trained=["projector", "language"])
+    every.configure_model()
+    assert every.rows(batch).samples == 4 and not every.left_out
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_activations_are_recomputed_where_that_is_asked_for(recomputed: bool, shards: str, tmp_path: Path) -> None:
+    own = module(gradient_checkpointing=recomputed)
+    own.configure_model()
+    calls: list[bool] = []
+    own.model.language.model.layers[0].mlp.register_forward_pre_hook(lambda layer, _: calls.append(layer.training))
+    modes = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    trainer(tmp_path, 1).fit(own, datamodule=data(shards))
+    assert calls == ([True, True] if recomputed else [False])
+    trainer(tmp_path, 2, **modes).fit(own, datamodule=data(shards))
+    assert own.model.language.training == recomputed
+
+
 def test_conversations_that_do_not_fit_are_counted_and_never_trained_on(shards: str) -> None:
     own = module(context=28)
     own.configure_model()
@@ -145,7 +196,10 @@ def test_conversations_that_do_not_fit_are_counted_and_never_trained_on(shards: 
 
 def test_validation_answers_held_out_questions(shards: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, 1, limit_val_batches=1, val_check_interval=1, check_val_every_n_epoch=None)
-    run.fit(module(), datamodule=data(shards))
+    run.fit(module(val_tokens=3), datamodule=data(shards))
     assert {"val/loss", "val/accuracy", "val/length"} <= set(run.callback_metrics)
+    assert run.callback_metrics["val/length"] <= 3
+    with pytest.raises(InputError, match="val_tokens is 0"):
+        module(val_tokens=0)
     with pytest.raises(InputError, match="trained is empty"):
         module(trained=[])

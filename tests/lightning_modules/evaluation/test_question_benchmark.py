@@ -43,7 +43,7 @@ def test_right_answers_are_right_in_any_manner(monkeypatch: pytest.MonkeyPatch) 
 
 def test_modes_differ_in_what_is_given() -> None:
     scene, question = held_out(SMALL)[0]
-    assert asked(scene, question, "pictures") == f"<image>{question.text}"
+    assert asked(scene, question, "pictures") == f"<image>\n{question.text}"
     assert asked(scene, question, "blind") == question.text
     told = asked(scene, question, "words")
     assert told.endswith(f".\n{question.text}") and scene.objects[0].colour in told

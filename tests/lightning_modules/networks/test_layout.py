@@ -59,6 +59,22 @@ def test_all_answers_of_a_conversation_are_learned_unless_the_template_rewrites_
     assert "b" not in words(think, sample.input_ids)  # R1 does not see its earlier thoughts
 
 
+@pytest.mark.parametrize("name", ["substitute", "reasoner"])
+def test_pictures_may_come_in_any_turn_of_a_user(name: str) -> None:
+    layout = laid_out(name)
+    turns = [("user", "<image>a"), ("assistant", "b"), ("user", "c<image>d<image>"), ("assistant", "e")]
+    flat = [torch.full((3, 64, 64), value, dtype=torch.uint8) for value in (0, 100, 200, 255)]
+    sample = layout.sample(turns, flat[:3])
+    assert sample.input_ids.count(layout.tokenizer.convert_tokens_to_ids(IMAGE)) == 3 * 4
+    seen = f"<img>{IMAGE * 4}</img>"
+    assert f"c{seen}d{seen}" in words(layout, sample.input_ids)
+    assert torch.equal(sample.tiles, torch.cat([layout.tiles(picture) for picture in flat[:3]]))
+    asked = layout.prompt(turns, flat[:3])
+    assert sample.input_ids[: len(asked)] == asked.input_ids and torch.equal(asked.tiles, sample.tiles)
+    later = layout.sample([*turns, ("user", "<image>f")], flat)
+    assert later.input_ids == sample.input_ids and torch.equal(later.tiles, sample.tiles)
+
+
 @pytest.mark.parametrize(
     ("turns", "pictures", "reason"),
     [
@@ -68,6 +84,7 @@ def test_all_answers_of_a_conversation_are_learned_unless_the_template_rewrites_
         ([("user", "what?<|end|><|Assistant|>"), ("assistant", "2")], [], "reserved token"),
         ([("user", "what? " * 300), ("assistant", "2")], [], "too long"),
         ([("user", "what?")], [], "no answer"),
+        ([("user", "what?"), ("assistant", "<image>")], [PICTURE], "picture in an answer"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(turns: list, pictures: list, reason: str) -> None:

@@ -15,6 +15,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.records import EncodedImage, ReasoningRecord
 from lightning_modules.networks.layout import Layout
 from lightning_modules.networks.r1v import CLOSE, R1VModel, token_id
+from lightning_modules.pipelines import answering
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine, VllmEngine
 from lightning_modules.pipelines.chain_generator import ChainGenerator
 
@@ -68,11 +69,13 @@ def test_vllm_gets_embeddings_and_never_new_weights(monkeypatch: pytest.MonkeyPa
 
         def generate(self, prompts: list, settings: SimpleNamespace) -> list:
             assert settings.n == 2 and settings.max_tokens == 5
+            biases.append(settings.logit_bias)
             return [
                 SimpleNamespace(outputs=[SimpleNamespace(token_ids=[i, len(p["prompt_embeds"])]) for i in range(2)])
                 for p in prompts
             ]
 
+    biases: list[dict[int, float]] = []
     fake = SimpleNamespace(LLM=Fake, SamplingParams=lambda **settings: SimpleNamespace(**settings))
     monkeypatch.setitem(sys.modules, "vllm", fake)
     model, prompts = model_and_prompts()
@@ -81,6 +84,12 @@ def test_vllm_gets_embeddings_and_never_new_weights(monkeypatch: pytest.MonkeyPa
     found = engine.answers(model, prompts, 2, Decoding(5), 0)
     assert [tokens.tolist() for tokens in found] == [[i, len(p.input_ids)] for p in prompts for i in range(2)]
     assert engine._engine.options == {"model": "models/llm", "enable_prompt_embeds": True, "tensor_parallel_size": 8}
+    engine.answers(model, prompts, 2, Decoding(5, end_bias=3.0), 0)
+    never = {model.image_token: -100.0}
+    assert biases == [never, {**never, token_id(model.tokenizer, CLOSE): 3.0}]
+    # A tokenizer to which the end of thoughts is no token is asked for none.
+    monkeypatch.setattr(answering, "token_id", lambda *_: pytest.fail("the end of thoughts was looked for"))
+    engine.answers(model, prompts, 2, Decoding(5), 0)
     model.language.requires_grad_(True)
     with pytest.raises(InputError, match="frozen language model"):
         engine.answers(model, prompts, 2, Decoding(5), 0)

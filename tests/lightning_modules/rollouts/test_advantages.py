@@ -49,6 +49,16 @@ def test_decoupled_normalisation_keeps_a_reward_of_small_numbers() -> None:
     assert torch.allclose(apart, torch.tensor([[-1.0, 0.0, 0.0, 1.0]]) * 2**0.5, atol=1e-5)
 
 
+def test_a_group_without_a_reward_says_nothing_of_the_others() -> None:
+    first, second = torch.tensor([[0.0, 1.0], [2.0, 5.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    weights = {"a": 1.0, "b": 0.5}
+    alone = decoupled({"a": first, "b": second}, weights)
+    unknown = torch.tensor([[float("nan"), 1.0]])
+    found = decoupled({"a": torch.cat([first, unknown]), "b": torch.cat([second, second[:1]])}, weights)
+    assert torch.equal(found[:2], alone) and found[2].isnan().all()
+    assert decoupled({"a": unknown}, weights).isnan().all()
+
+
 def test_nearly_flat_groups_are_dropped_and_advantages_limited() -> None:
     settings = Advantages(flat_below=0.1, limit=1.5)
     assert settings.useful(torch.tensor([[0.0, 0.1], [0.0, 0.3], [0.5, 0.5]])).tolist() == [False, True, False]
