@@ -146,6 +146,10 @@ class R1VModule(GradientHooks, L.LightningModule):
         """Sets the mode in which transformers recomputes; until here a model is in the other one, and can answer."""
         self.model.language.train(self.gradient_checkpointing)
 
+    def on_train_end(self) -> None:
+        """Back to the mode in which it answers."""
+        self.model.language.eval()
+
     def training_step(self, batch: ChatBatch, batch_idx: int) -> Tensor:
         rows = self.rows(batch)
         loss, count = self.loss(rows)
