@@ -204,7 +204,7 @@ def test_resuming_with_other_settings_is_refused_and_the_record_stays(run: Path,
     changed = ["--model.init_args.optimizer.lr", "1e-6", "--trainer.gradient_clip_val", "2"]
     result = command("fit", "-c", run / "configs/micro.yaml", "--resume", *changed, cwd=unfinished)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "optimizer.lr: 0.003 -> 1e-06" in result.stderr and "gradient_clip_val: 1.0 -> 2" in result.stderr
+    assert "optimizer.lr: 0.004 -> 1e-06" in result.stderr and "gradient_clip_val: 1.0 -> 2" in result.stderr
     assert record.read_bytes() == before
 
 
