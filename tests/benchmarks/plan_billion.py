@@ -33,7 +33,7 @@ def simulate(folder: Path, shards: int, each: int) -> None:
     columns, first = [], 0
     for (kind, bucket), count in zip(kinds, counts.tolist(), strict=True):
         columns.append(["", "train", kind, bucket, count, first])
-        first += count * rows_each(tuple(bucket))
+        first += count * rows_each(kind, tuple(bucket))
     texts = [("key", "S16"), ("extension", "S4"), ("role", "u1"), ("shard", "<i4"), ("sha256", "S32")]
     dtype = np.dtype([*texts, *((name, "<u8" if name == "xxh3" else "<i8") for name in NUMBERS)])
     np.lib.format.open_memmap(folder / "rows.npy", "w+", dtype, (first,))
