@@ -63,6 +63,14 @@ class ImageBatch:
         """Whether the samples have targets."""
         return self.target.shape[1] > 0
 
+    def area(self, references: bool = True) -> float:
+        """Height times width of a sample's pictures together, of its target alone without `references`; the mean of all
+        samples, in pixels or in latents as they come."""
+        images = [*self.target]
+        if references and self.references is not None:
+            images += [image for sample in self.references for image in sample]
+        return sum(image.shape[-2] * image.shape[-1] for image in images) / len(self)
+
     def pixels(self) -> list[list[Tensor]]:
         """Per sample the pixels (3, h, w) of its references, in [-1, 1]; empty lists where there are none."""
         if self.references is None:

@@ -24,7 +24,7 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.networks import Conditioner
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.flops import attention_flops, connector_flops, forward_flops, query_flops
+from lightning_modules.networks.flops import connector_flops, passes_flops, query_flops
 from lightning_modules.networks.light_head import keep_blocks
 from lightning_modules.networks.loading import check_state, read_json
 from lightning_modules.networks.vlm import Reading
@@ -313,18 +313,9 @@ class ConnectorModule(GradientHooks, L.LightningModule):
     def training_flops(self, batch: ImageBatch) -> float:
         """Model FLOPs of one training step on this batch, without frozen encoders and what they read once."""
         factor = 1 if batch.encoded else self._pipeline.vae_scale_factor
-        references = batch.references if self._pipeline.reference != "vlm" else None
-        images = [*batch.target]
-        if isinstance(references, Tensor):
-            images += [*references.flatten(0, 1)]
-        elif references is not None:
-            images += [image for sample in references for image in sample]
-        patch = factor * self.transformer.config.patch_size
-        tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
-        queries, trained = self._pipeline.text_tokens, "connector" in self.parts
-        each = self.passes * forward_flops(self.transformer.config, tokens, queries)
-        if self.passes == 2:  # backward through frozen weights counts once, but attention costs twice
-            each += attention_flops(self.transformer.config, tokens, queries)
+        config, queries, trained = self.transformer.config, self._pipeline.text_tokens, "connector" in self.parts
+        tokens = batch.area(references=self._pipeline.reference != "vlm") / (factor * config.patch_size) ** 2
+        each = passes_flops(config, tokens, queries, float(self.passes), float(self.passes == 2))
         each += (3 if trained else 1) * connector_flops(self.conditioner.config)
         each += (2 if trained else 1) * query_flops(self._pipeline.vlm.text, queries, self._prefix_tokens)
         return len(batch) * each

@@ -23,7 +23,7 @@ from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute, attend_in_float32, cast_weights, float8_blocks, recompute_blocks
-from lightning_modules.networks.flops import attention_flops, forward_flops
+from lightning_modules.networks.flops import passes_flops
 from lightning_modules.networks.footprint import Workload
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.sharding import full_state, load_sharded
@@ -299,18 +299,9 @@ class KontextModule(GradientHooks, L.LightningModule):
         """Model FLOPs of one training step on this batch, without the frozen encoders and what is computed again."""
         assert self._pipeline is not None
         factor = 1 if batch.encoded else self._pipeline.vae_scale_factor
-        patch = factor * self.transformer.config.patch_size
-        images = [*batch.target]
-        if isinstance(batch.references, Tensor):
-            images += [*batch.references.flatten(0, 1)]
-        elif batch.references is not None:
-            images += [image for sample in batch.references for image in sample]
-        tokens = sum(image.shape[-2] * image.shape[-1] for image in images) / patch**2 / len(batch)
-        config, text = self.transformer.config, self._pipeline.text_tokens
-        each = self.passes * forward_flops(config, tokens, text)
-        if self.lora is not None:  # their backward pass counts once, but attention's costs twice
-            each += attention_flops(config, tokens, text)
-        return len(batch) * each
+        config, frozen = self.transformer.config, float(self.lora is not None)
+        tokens = batch.area() / (factor * config.patch_size) ** 2
+        return len(batch) * passes_flops(config, tokens, self._pipeline.text_tokens, float(self.passes), frozen)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops what is constant: the positional table, and the weights that adapters are added to."""

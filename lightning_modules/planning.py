@@ -14,7 +14,7 @@ from data_pipeline.errors import InputError
 from lightning_modules.networks import footprint
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
-from lightning_modules.networks.flops import attention_flops, forward_flops
+from lightning_modules.networks.flops import passes_flops
 from lightning_modules.networks.footprint import Geometry, Workload
 from lightning_modules.networks.loading import read_json
 from lightning_modules.pocket import Recipe
@@ -150,10 +150,8 @@ class Plan:
         """Model FLOPs of a sample: what is computed again does not count."""
         config = self.transformer.config
         tokens = float(self.samples[name].tokens(config.patch_size))
-        found = self.work.evaluations * forward_flops(config, tokens, self.text_tokens)
-        if self.run.module.lora is not None:  # a backward pass of adapters counts once, but attention's costs twice
-            found += self.work.backward * attention_flops(config, tokens, self.text_tokens)
-        return found
+        frozen = 0.0 if self.run.module.lora is None else self.work.backward
+        return passes_flops(config, tokens, self.text_tokens, self.work.evaluations, frozen)
 
     def rate(self, name: str) -> float:
         """Expected samples/s of a device: what is computed again takes its time, too."""

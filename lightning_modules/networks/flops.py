@@ -31,13 +31,19 @@ def forward_flops(config: Any, image_tokens: float, text_tokens: int) -> float:
 
 
 def attention_flops(config: Any, image_tokens: float, text_tokens: int) -> float:
-    """FLOPs of one sample's products of queries, keys and values in a forward pass.
-
-    A backward pass costs twice as much, also where the weights are frozen and all others cost once.
-    """
+    """FLOPs of one sample's products of queries, keys and values in a forward pass."""
     joint = config.num_layers * (image_tokens + text_tokens) ** 2
     own = len(config.dual_attention_layers) * image_tokens**2
     return 4 * (joint + own) * config.num_attention_heads * config.attention_head_dim
+
+
+def passes_flops(config: Any, image_tokens: float, text_tokens: int, passes: float, frozen: float = 0.0) -> float:
+    """FLOPs of a sample's passes; `frozen` of them go backward through weights that are not trained, and count once.
+
+    Attention has no weights: there it costs twice as in any backward pass.
+    """
+    forward = forward_flops(config, image_tokens, text_tokens)
+    return passes * forward + frozen * attention_flops(config, image_tokens, text_tokens)
 
 
 def connector_flops(config: Any) -> float:

@@ -33,7 +33,7 @@ from lightning_modules.kontext import KontextModule
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
-from lightning_modules.networks.flops import forward_flops
+from lightning_modules.networks.flops import passes_flops
 from lightning_modules.networks.footprint import SD35_MEDIUM
 from lightning_modules.networks.tokenizers import clip_tokenizer, phrase_tokenizer
 from lightning_modules.pipelines import KontextPipeline
@@ -207,8 +207,9 @@ def measured(case: Case, cached: bool, compiled: bool, steps: int) -> dict[str, 
     pictures = GROUP if case.reinforced else case.count
     config = module.transformer.config
     tokens = (1 + case.references) * (case.size // factor // config.patch_size) ** 2
-    evaluations = module.workload().evaluations
-    flops = pictures * evaluations * forward_flops(config, tokens, module.pipeline().text_tokens)
+    work = module.workload()
+    frozen = 0.0 if module.lora is None else work.backward
+    flops = pictures * passes_flops(config, tokens, module.pipeline().text_tokens, work.evaluations, frozen)
     found = {"batch": pictures, "seconds": seconds, "rate": pictures / seconds, "mfu": flops / seconds / PEAK}
     found["peak"] = peak_memory_bytes(trainer.strategy.root_device) / 2**30
     if clock.sampling:

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from micro import built, built_vlm, micro_metaquery
-from rl import Stream
+from rl import Stream, prompts
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,17 +26,7 @@ SIZES = Connector(num_queries=4, width=16, inner=24, layers=1, heads=2)
 
 
 def batch(task: str = "edit", count: int = 3, seed: int = 0) -> ImageBatch:
-    generator = torch.Generator().manual_seed(seed)
-    target, reference = (torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
-    return ImageBatch(
-        tasks=[task] * count,
-        keys=[f"k{i}" for i in range(count)],
-        sample_ids=torch.arange(count) + 10 * seed,
-        epochs=torch.zeros(count, dtype=torch.int64),
-        prompts=[f"make it {i}" for i in range(count)],
-        target=target,
-        references=reference[:, None] if task == "edit" else None,
-    )
+    return prompts(seed, task, count)
 
 
 def made(**changes: object) -> ConnectorModule:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from micro import micro_folder
+from rl import prompts
 from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.batches import ImageBatch
@@ -20,20 +22,7 @@ from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.samplers import ode, timesteps
 from lightning_modules.schedule import AdamW
 
-
-def samples(number: int, task: str = "edit", count: int = 3) -> ImageBatch:
-    generator = torch.Generator().manual_seed(number)
-    target = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
-    references = torch.rand(count, 1, 3, 32, 32, generator=generator) * 2 - 1
-    return ImageBatch(
-        tasks=[task] * count,
-        keys=[f"k{number}-{i}" for i in range(count)],
-        sample_ids=torch.arange(count) + 10 * number,
-        epochs=torch.zeros(count, dtype=torch.int64),
-        prompts=[f"make it {i}" for i in range(count)],
-        target=target,
-        references=references if task == "edit" else None,
-    )
+samples = partial(prompts, count=3)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +147,7 @@ def test_cost_is_counted_in_forward_passes(folders: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("source", ["data", "student"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(folders: dict[str, str], source: str, tmp_path: Path) -> None:
-    batches = [samples(i, ("edit", "text_to_image")[i % 2], 2) for i in range(4)]
+    batches = [samples(i, ("edit", "text_to_image")[i % 2], count=2) for i in range(4)]
     whole = made(folders, states=States(source))
     trained(whole, batches, 4, tmp_path)
     first, second = made(folders, states=States(source)), made(folders, states=States(source))
