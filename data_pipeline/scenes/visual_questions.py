@@ -148,8 +148,8 @@ def random_question(rng: random.Random, level: int, split: str, kind: str) -> Qu
         caption = placed(rng, edit.target) if rng.random() < 0.5 else listing(edit.target)
         return Question(kind, change(caption), instruction(edit), edit.source)
     if kind == "plan" and split == "train" and rng.random() < 0.5:
-        _, caption = random_caption(rng, level, split)
-        return Question(kind, f"Generate an image: {caption.text}", wanted(caption, level), None)
+        _, drawn = random_caption(rng, level, split)
+        return Question(kind, f"Generate an image: {drawn.text}", wanted(drawn, level), None)
     while True:
         scene = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
         if scene.split == split:
