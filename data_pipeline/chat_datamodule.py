@@ -21,6 +21,7 @@ from data_pipeline.dataset import PlanSampler, TimedLoader, Verify, single_threa
 from data_pipeline.errors import InputError
 from data_pipeline.plan import Plan, PlannedBatch
 from data_pipeline.recipe import Recipe
+from data_pipeline.scenes import questions as texts
 from data_pipeline.sources import SceneQuestions, questions
 
 
@@ -41,8 +42,8 @@ class QuestionShards:
         return Recipe(SceneQuestions(self.level, self.counts, self.flawed, self.words, self.kinds, self.seed))
 
     def folder(self) -> Path:
-        """Where they lie: other code that writes the records gives another name."""
-        code = hashlib.sha256(Path(questions.__file__).read_bytes()).hexdigest()[:8]
+        """Where they lie: other code that writes the records, or their texts, gives another name."""
+        code = hashlib.sha256(b"".join(Path(each.__file__).read_bytes() for each in (questions, texts))).hexdigest()[:8]
         return scene_folder(Path(self.root), f"questions{self.level}-{code}", self.recipe())
 
     def build(self) -> None:
