@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from data_pipeline.scenes.questions import Style, asked, checked, draw, in_words, random_question, written
-from lightning_modules.losses.tokens import answer_nll, token_weights
+from lightning_modules.losses.tokens import answer_nll, learned_columns, token_weights
 from lightning_modules.networks.layout import IGNORED, Layout, Sample, packed
 from lightning_modules.networks.r1v import IMAGE, IMAGE_END, IMAGE_START, positions, visible
 from lightning_modules.pocket_tower import TowerRecipe, build_tower
@@ -244,7 +244,10 @@ def build_reasoner(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
 
 def tune(folder: Path, base: Path, manner: str, recipe: LanguageRecipe) -> None:
     """All weights of a base but its embeddings, on conversations of a manner."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), in_manner(AutoTokenizer.from_pretrained(base), manner)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base),
+        in_manner(AutoTokenizer.from_pretrained(base), manner),
+    )
     model.get_input_embeddings().requires_grad_(False)  # what a projector speaks: one language for all who share a base
     model.config.eos_token_id = tokenizer.eos_token_id
     own = Layout(tokenizer, 1, 1, context=recipe.context)
@@ -280,14 +283,16 @@ def train_language(
             batch.append(next(samples))
             tokens += len(batch[-1])
         rows = packed(batch, recipe.context, tokenizer.pad_token_id)
+        columns = learned_columns(rows.labels)
         logits = model(
             input_ids=rows.input_ids,
             attention_mask=visible(rows.attention_mask),
             position_ids=positions(rows.attention_mask),
             use_cache=False,
+            logits_to_keep=columns - 1,
         ).logits
         weights = token_weights(rows.labels, rows.attention_mask, "token")
-        loss = (answer_nll(logits, rows.labels) * weights).sum()
+        loss = (answer_nll(logits, rows.labels[:, columns]) * weights[:, columns]).sum()
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -12,12 +12,25 @@ Normalisation = Literal["token", "sample", "square"]
 IGNORED = -100
 
 
-def answer_nll(logits: Float[Tensor, "b l v"], labels: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
-    """-log p of each learned token given those before it, at the token's own place; 0 where nothing is learned."""
-    after = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return torch.nn.functional.pad(after, (1, 0))
+def learned_columns(labels: Int[Tensor, "b l"]) -> Int[Tensor, " k"]:
+    """Places at which a row learns a token: a model's logits are wanted one place before each, and nowhere else.
+
+    >>> learned_columns(torch.tensor([[IGNORED, IGNORED, 7, IGNORED], [IGNORED, IGNORED, 5, 6]])).tolist()
+    [2, 3]
+    """
+    return (labels[:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0] + 1
+
+
+def answer_nll(logits: Float[Tensor, "b k v"], labels: Int[Tensor, "b k"]) -> Float[Tensor, "b k"]:
+    """-log p of each learned token given those before it; 0 where nothing is learned.
+
+    Args:
+        logits: those of the place before each token.
+        labels: tokens, IGNORED where nothing is learned.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(labels.shape)
 
 
 def token_weights(

@@ -89,8 +89,12 @@ class R1VModel(nn.Module):
         return embedded.masked_scatter(places[..., None], image_features.to(embedded.dtype))
 
     def forward(
-        self, input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"], image_features: Tensor | None = None
-    ) -> Float[Tensor, "b l v"]:
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"],
+        image_features: Tensor | None = None,
+        columns: Int[Tensor, " k"] | None = None,
+    ) -> Float[Tensor, "b k v"]:
         """Logits.
 
         Args:
@@ -98,6 +102,8 @@ class R1VModel(nn.Module):
             attention_mask: 0 where padded; else the number of a token's sample, from 1 in each row: samples
                 that are packed into a row do not see one another.
             image_features: (tiles, tokens, d) or (tokens, d), in the order of their tokens; None for words alone.
+            columns: places whose logits are wanted, which is what takes memory where a vocabulary is large; None takes
+                all, k = l.
         """
         embedded = self.embeddings(input_ids, image_features)
         mask = attention_mask
@@ -110,6 +116,7 @@ class R1VModel(nn.Module):
             attention_mask=mask,
             position_ids=positions(attention_mask),
             use_cache=False,
+            logits_to_keep=0 if columns is None else columns,
         ).logits
 
     @torch.no_grad()

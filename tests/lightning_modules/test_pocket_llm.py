@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from micro_r1v import RECIPE, part, root
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.scenes.world import LEVELS
+from data_pipeline.scenes import questions
 from lightning_modules import pocket_llm
-from lightning_modules.pocket_llm import PARTS, cells_of_patches, classified, conversation, documents, resolve
+from lightning_modules.pocket_llm import PARTS, Recipe, conversation, documents, resolve
 
 
 def test_parts_share_a_vocabulary_and_have_manners_of_their_own() -> None:
@@ -41,10 +42,19 @@ def test_a_part_is_built_once_and_after_what_it_needs(tmp_path: Path, monkeypatc
         folder.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pocket_llm, "PARTS", {"tower": ((), broken)})
+    monkeypatch.setattr(pocket_llm, "PARTS", {**PARTS, "other_base": ((), broken)})
     with pytest.raises(KeyboardInterrupt):
-        resolve("pocket/tower", tmp_path, RECIPE)
+        resolve("pocket/other_base", tmp_path, RECIPE)
     assert sorted(p.name for p in first.parent.iterdir()) == ["base", "reasoner", "substitute"]  # no half of a part
+
+
+def test_parts_are_built_anew_where_what_decides_them_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe()
+    languages, tower = recipe.language.name, recipe.tower.name
+    assert replace(recipe.language, tuned_lr=1e-3).name != languages and replace(recipe.tower, patch=16).name != tower
+    assert (Recipe().language.name, Recipe().tower.name) == (languages, tower)
+    monkeypatch.setattr(questions, "DESCRIBE", "say what there is.")
+    assert recipe.language.name != languages and recipe.tower.name == tower
 
 
 def test_a_path_is_a_path() -> None:
@@ -59,20 +69,11 @@ def test_other_ancestry_is_another_start_and_tuning_stays_near_the_base() -> Non
     )
     assert (base - other).norm() > 0.5 * base.norm()
     assert 0 < (base - reasoner).norm() < 0.1 * base.norm()
-
-
-def test_patches_lie_in_the_cells_of_their_pixels() -> None:
-    cells = cells_of_patches(3, 12).view(12, 12)
-    assert torch.equal(
-        cells, torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    )
-    pictures, wanted = classified(random.Random(0), 1, 4)
-    grid, side = LEVELS[1].grid, LEVELS[1].resolution // 8
-    plain = (
-        pictures.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).std(-1).amax(1).flatten(1) < 1e-6
-    )  # patches of one colour
-    empty = wanted[:, cells_of_patches(grid, side)] == 0
-    assert empty.any() and plain[empty].all() and not plain[~empty].all()
+    spoken = [
+        AutoModelForCausalLM.from_pretrained(part(n)).get_input_embeddings().weight
+        for n in ("base", "reasoner", "substitute")
+    ]
+    assert torch.equal(spoken[0], spoken[1]) and torch.equal(spoken[0], spoken[2])
 
 
 def test_what_models_learn_from() -> None:
