@@ -183,7 +183,7 @@ def test_the_stages_of_r1v_are_compared_with_those_that_they_go_on_from(monkeypa
     assert set(told) <= set(experiment.after) and experiment.after["GRPO"] == "iteration 4"
     for arm in told:
         assert experiment.arms[arm][:-1] == experiment.arms[experiment.after[arm]] or arm == "SFT stage 1"
-    # What a config of a link names is there, and each arm's chain has its own end.
+    # No two arms are one chain.
     ends = [tuple(chain) for chain in experiment.arms.values()]
     assert len(set(ends)) == len(ends)
 
