@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from data_pipeline.scenes.questions import Style, asked, checked, draw, in_words, random_question, written
-from lightning_modules.losses.tokens import answer_nll, learned_columns, token_weights
+from lightning_modules.losses.tokens import answer_nll, before_learned, token_weights
 from lightning_modules.networks.layout import IGNORED, Layout, Sample, packed
 from lightning_modules.networks.r1v import IMAGE, IMAGE_END, IMAGE_START, positions, visible
 from lightning_modules.pocket_tower import TowerRecipe, build_tower
@@ -283,16 +283,15 @@ def train_language(
             batch.append(next(samples))
             tokens += len(batch[-1])
         rows = packed(batch, recipe.context, tokenizer.pad_token_id)
-        columns = learned_columns(rows.labels)
         logits = model(
             input_ids=rows.input_ids,
             attention_mask=visible(rows.attention_mask),
             position_ids=positions(rows.attention_mask),
             use_cache=False,
-            logits_to_keep=columns - 1,
+            logits_to_keep=before_learned(rows.labels),
         ).logits
         weights = token_weights(rows.labels, rows.attention_mask, "token")
-        loss = (answer_nll(logits, rows.labels[:, columns]) * weights[:, columns]).sum()
+        loss = (answer_nll(logits, rows.labels) * weights).sum()
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -5,32 +5,32 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Normalisation = Literal["token", "sample", "square"]
 IGNORED = -100
 
 
-def learned_columns(labels: Int[Tensor, "b l"]) -> Int[Tensor, " k"]:
-    """Places at which a row learns a token: a model's logits are wanted one place before each, and nowhere else.
+def before_learned(labels: Int[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
+    """Where a learned token comes next: a model's logits are wanted there, and nowhere else.
 
-    >>> learned_columns(torch.tensor([[IGNORED, IGNORED, 7, IGNORED], [IGNORED, IGNORED, 5, 6]])).tolist()
-    [2, 3]
+    >>> before_learned(torch.tensor([[IGNORED, 7, IGNORED], [IGNORED, 5, 6]])).tolist()
+    [[True, False, False], [True, True, False]]
     """
-    return (labels[:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0] + 1
+    return torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
-def answer_nll(logits: Float[Tensor, "b k v"], labels: Int[Tensor, "b k"]) -> Float[Tensor, "b k"]:
-    """-log p of each learned token given those before it; 0 where nothing is learned.
+def answer_nll(logits: Float[Tensor, "n v"], labels: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    """-log p of each learned token given those before it, at the token's own place; 0 where nothing is learned.
 
     Args:
-        logits: those of the place before each token.
+        logits: those of `before_learned`, row after row.
         labels: tokens, IGNORED where nothing is learned.
     """
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(labels.shape)
+    places = before_learned(labels).roll(1, dims=1)
+    found = torch.nn.functional.cross_entropy(logits.float(), labels[places], reduction="none")
+    return torch.zeros(labels.shape, device=logits.device).masked_scatter(places, found)
 
 
 def token_weights(

@@ -93,8 +93,8 @@ class R1VModel(nn.Module):
         input_ids: Int[Tensor, "b l"],
         attention_mask: Int[Tensor, "b l"],
         image_features: Tensor | None = None,
-        columns: Int[Tensor, " k"] | None = None,
-    ) -> Float[Tensor, "b k v"]:
+        places: Tensor | None = None,
+    ) -> Float[Tensor, "*places v"]:
         """Logits.
 
         Args:
@@ -102,8 +102,8 @@ class R1VModel(nn.Module):
             attention_mask: 0 where padded; else the number of a token's sample, from 1 in each row: samples
                 that are packed into a row do not see one another.
             image_features: (tiles, tokens, d) or (tokens, d), in the order of their tokens; None for words alone.
-            columns: places whose logits are wanted, which is what takes memory where a vocabulary is large; None takes
-                all, k = l.
+            places: where logits are wanted, which take most of the memory where a vocabulary is large: columns (k,),
+                which gives (B, k, V), or a mask (B, L), which gives (n, V) row after row; None takes all.
         """
         embedded = self.embeddings(input_ids, image_features)
         mask = attention_mask
@@ -116,7 +116,7 @@ class R1VModel(nn.Module):
             attention_mask=mask,
             position_ids=positions(attention_mask),
             use_cache=False,
-            logits_to_keep=0 if columns is None else columns,
+            logits_to_keep=0 if places is None else places,
         ).logits
 
     @torch.no_grad()

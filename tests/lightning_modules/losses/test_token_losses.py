@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_modules.losses.tokens import answer_nll, learned_columns, token_weights
+from lightning_modules.losses.tokens import answer_nll, before_learned, token_weights
 
 LABELS = torch.tensor([[-100, 3, 4, 5, 6, -100, 7, -100]])  # four learned tokens of the first sample, one of the second
 SEGMENTS = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 0]])
@@ -30,8 +30,7 @@ def test_likelihood_is_that_of_the_next_token() -> None:
     logits = torch.zeros(2, 3, 4)
     logits[0, 0, 2] = math.log(3)  # 3 of 6
     labels = torch.tensor([[-100, 2, 1], [-100, -100, 3]])
-    columns = learned_columns(labels)
-    assert columns.tolist() == [1, 2]
-    nll = answer_nll(logits[:, columns - 1], labels[:, columns])
-    assert torch.allclose(nll, torch.tensor([[math.log(2), math.log(4)], [0.0, math.log(4)]]))
-    assert learned_columns(torch.tensor([[-100, -100, 4], [-100, -100, 3]])).tolist() == [2]
+    places = before_learned(labels)
+    assert places.tolist() == [[True, True, False], [False, True, False]]
+    nll = answer_nll(logits[places], labels)
+    assert torch.allclose(nll, torch.tensor([[0.0, math.log(2), math.log(4)], [0.0, 0.0, math.log(4)]]))
