@@ -42,7 +42,7 @@ def held_out_scenes(count: int) -> list[Scene]:
 
 @pytest.mark.slow
 def test_each_token_tells_a_linear_probe_what_it_shows_and_where(tmp_path: Path) -> None:
-    """As a projector takes them: 2 x 2 patches to a token, one class for each cell, colour and shape, held-out scenes."""
+    """Tokens as a projector takes them, of 2 x 2 patches; a class for each cell, colour and shape; held-out scenes."""
     recipe = TowerRecipe()
     torch.manual_seed(0)
     build_tower(tmp_path / "tower", recipe)
