@@ -43,8 +43,9 @@ class QuestionShards:
 
     def folder(self) -> Path:
         """Where they lie: other code that writes the records, or their texts, gives another name."""
-        code = hashlib.sha256(b"".join(Path(each.__file__).read_bytes() for each in (questions, texts))).hexdigest()[:8]
-        return scene_folder(Path(self.root), f"questions{self.level}-{code}", self.recipe())
+        code = [Path(file).read_bytes() for file in (questions.__file__, texts.__file__)]
+        name = f"questions{self.level}-{hashlib.sha256(b''.join(code)).hexdigest()[:8]}"
+        return scene_folder(Path(self.root), name, self.recipe())
 
     def build(self) -> None:
         """Builds them where they are missing."""
