@@ -20,7 +20,14 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from data_pipeline.scenes.questions import Style, asked, checked, draw, in_words, random_question, written
 from lightning_modules.losses.tokens import answer_nll, before_learned, token_weights
@@ -144,9 +151,13 @@ def conversation(rng: random.Random, level: int, manner: str) -> list[tuple[str,
 
 
 def chat_tokenizer(corpus: Sequence[str], vocab_size: int, manner: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE within words, with the tokens of both manners, so that all models share one vocabulary."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    """Byte-level BPE within words, with the tokens of both manners, so that all models share one vocabulary.
+
+    Texts are cut into words as Qwen2 cuts them: transformers does so whenever it loads a tokenizer beside a Qwen2, and
+    a model must be asked in the tokens that it learned from.
+    """
+    backend, qwen = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    backend.normalizer, backend.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     added = [*SPECIALS, IMAGE, IMAGE_START, IMAGE_END]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

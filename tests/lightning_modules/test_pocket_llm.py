@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from micro_r1v import RECIPE, part, root
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.scenes import questions
 from lightning_modules import pocket_llm
@@ -22,6 +22,20 @@ def test_parts_share_a_vocabulary_and_have_manners_of_their_own() -> None:
     assert ends[0].endswith("<|im_start|>assistant\n") and ends[1].endswith("<|Assistant|><think>\n")
     text = "ein Bär 🐻 says \\boxed{2}\n"
     assert base.decode(base(text, add_special_tokens=False)["input_ids"]) == text  # no text is unknown
+
+
+def test_models_are_asked_in_the_tokens_that_their_base_learned_from() -> None:
+    """Loaded beside a model, a tokenizer is that of the model's kind, which may cut texts otherwise."""
+    learned = PreTrainedTokenizerFast(tokenizer_file=str(part("base") / "tokenizer.json"))
+    rng = random.Random(0)
+    texts = ["".join(text for text, _ in documents(rng, 1)) for _ in range(100)]
+    texts += [text for manner in ("chat", "think") for _ in range(100) for _, text in conversation(rng, 1, manner)]
+    assert any(digit in text for digit in "0123" for text in texts)
+    for name in ("base", "reasoner", "substitute"):
+        asked = AutoTokenizer.from_pretrained(part(name))
+        for text in texts:
+            ids = learned(text, add_special_tokens=False)["input_ids"]
+            assert asked(text, add_special_tokens=False)["input_ids"] == ids, text
 
 
 def test_a_part_is_built_once_and_after_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
