@@ -21,6 +21,7 @@ from data_pipeline.dataset import PlanSampler, TimedLoader, Verify, single_threa
 from data_pipeline.errors import InputError
 from data_pipeline.plan import Plan, PlannedBatch
 from data_pipeline.recipe import Recipe
+from data_pipeline.scenes import questions as texts
 from data_pipeline.sources import SceneQuestions, questions
 
 
@@ -41,9 +42,10 @@ class QuestionShards:
         return Recipe(SceneQuestions(self.level, self.counts, self.flawed, self.words, self.kinds, self.seed))
 
     def folder(self) -> Path:
-        """Where they lie: other code that writes the records gives another name."""
-        code = hashlib.sha256(Path(questions.__file__).read_bytes()).hexdigest()[:8]
-        return scene_folder(Path(self.root), f"questions{self.level}-{code}", self.recipe())
+        """Where they lie: other code that writes the records, or their texts, gives another name."""
+        code = [Path(file).read_bytes() for file in (questions.__file__, texts.__file__)]
+        name = f"questions{self.level}-{hashlib.sha256(b''.join(code)).hexdigest()[:8]}"
+        return scene_folder(Path(self.root), name, self.recipe())
 
     def build(self) -> None:
         """Builds them where they are missing."""

@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from data_pipeline.errors import InputError
 from lightning_modules.commands import RUNS, place, read_config, run_name
 from lightning_modules.distillation_rounds import Round, folder_of
 from lightning_modules.evaluation import gain_chart
-from lightning_modules.evaluation.comparison import Trial, compare, markdown, record
+from lightning_modules.evaluation.comparison import Trial, compare, markdown, record, stages
 from lightning_modules.networks.loading import CheckpointError
 
 PRETRAINED = "model.init_args.pretrained"
@@ -79,6 +80,8 @@ class Experiment:
         seeds: of every arm.
         set: values by dotted name, in all links but those in place.
         reported: what a paper reports of arms, by title; shown beside, on its own scale.
+        after: the arm that each arm goes on from, to say what its last stage adds; arms that are left out have no such
+            line.
     """
 
     links: dict[str, Link]
@@ -88,10 +91,13 @@ class Experiment:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     set: dict[str, Any] = field(default_factory=dict)
     reported: dict[str, dict[str, float]] = field(default_factory=dict)
+    after: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if strangers := sorted(set(self.reported) - set(self.arms)):
-            raise InputError(f"reported names {', '.join(strangers)}; the arms are {', '.join(self.arms)}")
+        named = {"reported": {*self.reported}, "after": {*self.after, *self.after.values()}}
+        for name, arms in named.items():
+            if strangers := sorted(arms - set(self.arms)):
+                raise InputError(f"{name} names {', '.join(strangers)}; the arms are {', '.join(self.arms)}")
         if self.baseline not in self.arms:
             raise InputError(f"the baseline {self.baseline} is none of the arms {', '.join(self.arms)}")
         for arm, chain in self.arms.items():
@@ -321,8 +327,9 @@ def run_missing(
                 print(f"{arm}, seed {seed}: {each.name}", flush=True)
                 print(f"{each.name}: {each.fit(threads):.1f} minutes", flush=True)
 
+    order = in_turn({arm: experiment.arms[arm] for arm in arms})
     with ThreadPoolExecutor(jobs) as pool:
-        chains = [pool.submit(run_chain, arm, seed) for seed in seeds for arm in arms]
+        chains = [pool.submit(run_chain, arm, seed) for seed in seeds for arm in order]
         try:
             for one in as_completed(chains):
                 if isinstance(error := one.exception(), InputError):
@@ -335,6 +342,25 @@ def run_missing(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def in_turn(arms: Mapping[str, Sequence[str]]) -> list[str]:
+    """The arms that must be run to have them all, in an order in which few wait for what they share.
+
+    One whose chain begins another's is run with that one. Those of one first link stand apart, because chains that run
+    at a time wait for each other where they share a run.
+
+    >>> in_turn({"a": ["x"], "b": ["x", "y"], "c": ["x", "z"], "d": ["w"]})
+    ['b', 'd', 'c']
+    """
+    chains = {arm: tuple(chain) for arm, chain in arms.items()}
+    last = {chain: arm for arm, chain in chains.items()}  # of arms of one chain the last
+    begun = {chain[:length] for chain in chains.values() for length in range(1, len(chain))}
+    groups: dict[str, list[str]] = {}
+    for arm, chain in chains.items():
+        if chain not in begun and last[chain] == arm:
+            groups.setdefault(chain[0], []).append(arm)
+    return [arm for turn in zip_longest(*groups.values()) for arm in turn if arm is not None]
+
+
 def table(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> str:
     """Writes results.md, results.json and gains.svg of what is finished; returns the first."""
     trials: dict[str, list[Trial]] = {}
@@ -345,9 +371,10 @@ def table(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> str:
         wanted[arm] = len(runs)
         trials[arm] = [trial(one) for one in runs.values() if all(run.finished for run in one)]
     rows = compare(trials, wanted, experiment.columns, experiment.baseline)
-    plain = {"baseline": experiment.baseline, "rows": [*map(record, rows)]}
+    added = stages(trials, experiment.columns, experiment.after) if rows else []
+    plain = {"baseline": experiment.baseline, "rows": [*map(record, rows)], "stages": [asdict(each) for each in added]}
     write(folder / "results.json", json.dumps(plain, indent=2) + "\n")
-    write(folder / "results.md", text := markdown(rows, experiment.baseline, experiment.reported))
+    write(folder / "results.md", text := markdown(rows, experiment.baseline, experiment.reported, added))
     write(folder / "gains.svg", gain_chart.draw(rows, experiment.baseline))
     return text
 

@@ -1,5 +1,5 @@
 """Pocket parts of R1V: a tiny base language model of scenes in words, from it a substitute that answers briefly and a
-reasoner that thinks first, a substitute of other ancestry, and a vision tower trained by classification."""
+reasoner that thinks first, and a substitute of other ancestry. The part that sees is in pocket_tower."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
-from data_pipeline import scenes
-from data_pipeline.scenes import questions
-from data_pipeline.scenes.questions import Style, asked, draw, in_words, random_question, written
-from data_pipeline.scenes.renderer import render
-from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, Scene, random_scene
-from lightning_modules.losses.tokens import answer_nll, token_weights
-from lightning_modules.networks import layout
-from lightning_modules.networks.layout import IGNORED, MEAN, STD, Sample, packed
+from data_pipeline.scenes.questions import Style, asked, checked, draw, in_words, random_question, written
+from lightning_modules.losses.tokens import answer_nll, before_learned, token_weights
+from lightning_modules.networks.layout import IGNORED, Layout, Sample, packed
 from lightning_modules.networks.r1v import IMAGE, IMAGE_END, IMAGE_START, positions, visible
-from lightning_modules.networks.vision import TIMM, make_tower
+from lightning_modules.pocket_tower import TowerRecipe, build_tower
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,11 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class LanguageRecipe:
-    """All that decides the pocket parts of R1V."""
+    """All that decides the pocket's language models; `rows` of `context` tokens are a batch.
+
+    `chats` is the share of the base's texts that are conversations, as Qwen2.5's own pretraining holds some: the tuned
+    models then stay near the base, and near each other.
+    """
 
     seed: int = 0
     level: int = 1
@@ -60,38 +66,46 @@ class LanguageRecipe:
     heads: int = 4
     intermediate: int = 384
     context: int = 128
-    rows: int = 24  # of a batch
+    rows: int = 24
+    chats: float = 0.4
     base_steps: int = 1500
     tuned_steps: int = 300
     base_lr: float = 4e-3
-    tuned_lr: float = 1e-3
-    tower_width: int = 64
-    tower_depth: int = 2
-    tower_steps: int = 1000
-    tower_patch: int = 8
+    tuned_lr: float = 3e-4
 
     @property
     def name(self) -> str:
-        """The folder's name: another one for other settings, and for other code that builds its parts."""
+        """The folder's name: another one for other settings, other code that builds the parts and other texts."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode())
-        for file in (Path(__file__), Path(layout.__file__), Path(questions.__file__), Path(scenes.world.__file__)):
-            digest.update(file.read_bytes())
-        return f"r1v-{digest.hexdigest()[:12]}"
+        digest.update(Path(__file__).read_bytes())
+        rng = random.Random(self.seed)
+        for _ in range(50):
+            texts = [documents(rng, self.level), *(conversation(rng, self.level, manner) for manner in END)]
+            digest.update(repr(texts).encode())
+        return f"r1v-language-{digest.hexdigest()[:12]}"
 
 
-def resolve(path: str, root: Path = Path("pocket"), recipe: LanguageRecipe = LanguageRecipe()) -> Path:
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the pocket parts of R1V."""
+
+    language: LanguageRecipe = LanguageRecipe()
+    tower: TowerRecipe = TowerRecipe()
+
+
+def resolve(path: str, root: Path = Path("pocket"), recipe: Recipe = Recipe()) -> Path:
     """The folder of a part: "pocket/reasoner" is built if it is missing, with what it needs; others are paths."""
     part = path.removeprefix(POCKET)
     if not path.startswith(POCKET) or part not in PARTS:
         return Path(path)
-    folder = root / recipe.name
+    folder = root / (recipe.tower.name if part == "tower" else recipe.language.name)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{recipe.name}.lock"):
+    with FileLock(f"{folder}.lock"):
         build(folder, part, recipe)
     return folder / part
 
 
-def build(folder: Path, part: str, recipe: LanguageRecipe) -> None:
+def build(folder: Path, part: str, recipe: Recipe) -> None:
     """Builds a part where it is missing, after those that it needs, in a folder that is renamed once it is whole."""
     if (folder / part).exists():
         return
@@ -102,7 +116,7 @@ def build(folder: Path, part: str, recipe: LanguageRecipe) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{part}.", dir=folder))
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed + sorted(PARTS).index(part))
+            torch.manual_seed(recipe.language.seed + sorted(PARTS).index(part))
             make(temporary / part, folder, recipe)
         (temporary / part).rename(folder / part)
     finally:
@@ -127,7 +141,8 @@ def conversation(rng: random.Random, level: int, manner: str) -> list[tuple[str,
     """A question about a scene in words, and what a model of a manner answers."""
     scene, question = draw(rng, level, "train")
     if manner == "think":
-        return [("user", f"{in_words(scene, rng)}\n{question.text}"), ("assistant", written(question, "chain", scene))]
+        told = f"{in_words(scene, rng)}\n{question.text}"
+        return [("user", told), ("assistant", written(checked(rng, question), "chain", scene))]
     style: Style = rng.choices(("short", "steps", "describe"), (6, 2, 2))[0]
     return [
         ("user", f"{in_words(scene, rng)}\n{asked(question, style)}"),
@@ -136,9 +151,13 @@ def conversation(rng: random.Random, level: int, manner: str) -> list[tuple[str,
 
 
 def chat_tokenizer(corpus: Sequence[str], vocab_size: int, manner: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE within words, with the tokens of both manners, so that all models share one vocabulary."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    """Byte-level BPE within words, with the tokens of both manners, so that all models share one vocabulary.
+
+    Texts are cut into words as Qwen2 cuts them: transformers does so whenever it loads a tokenizer beside a Qwen2, and
+    a model must be asked in the tokens that it learned from.
+    """
+    backend, qwen = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    backend.normalizer, backend.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     added = [*SPECIALS, IMAGE, IMAGE_START, IMAGE_END]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -169,7 +188,7 @@ def build_other_base(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
 
 
 def train_base(folder: Path, recipe: LanguageRecipe, seed: int) -> None:
-    """A Qwen2 of its own vocabulary, trained on documents."""
+    """A Qwen2 of its own vocabulary, trained on documents and conversations."""
     rng = random.Random(seed)
     texts = ["".join(text for text, _ in documents(rng, level)) for level in (1, 2) for _ in range(1500)]
     texts += [text for _ in range(500) for _, text in conversation(rng, recipe.level, "think")]
@@ -190,17 +209,33 @@ def train_base(folder: Path, recipe: LanguageRecipe, seed: int) -> None:
         )
     )
     nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
+    chats = {manner: Layout(in_manner(tokenizer, manner), 1, 1, context=recipe.context) for manner in END}
 
     def draw_one() -> Sample:
-        ids: list[int] = []
-        labels: list[int] = []
-        for text, learned in [*documents(rng, recipe.level), (tokenizer.eos_token, True)]:
-            own = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids, labels = ids + own, labels + (own if learned else [IGNORED] * len(own))
-        return Sample(ids, labels, torch.empty(0))
+        if rng.random() < recipe.chats:
+            manner = rng.choice(list(END))
+            return chats[manner].sample(conversation(rng, recipe.level, manner))
+        return document(tokenizer, [*documents(rng, recipe.level), (tokenizer.eos_token, True)])
 
     train_language(model, tokenizer, forever(draw_one), recipe, recipe.base_steps, recipe.base_lr)
     save(folder, model, tokenizer)
+
+
+def document(tokenizer: Any, pieces: Sequence[tuple[str, bool]]) -> Sample:
+    """Pieces of a text end to end, of which some are learned."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learned in pieces:
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids, labels = ids + own, labels + (own if learned else [IGNORED] * len(own))
+    return Sample(ids, labels, torch.empty(0))
+
+
+def in_manner(tokenizer: Any, manner: str) -> Any:
+    """The tokenizer with the template and the end of a manner."""
+    own = deepcopy(tokenizer)
+    own.eos_token, own.chat_template = END[manner], TEMPLATES[manner]
+    return own
 
 
 def build_substitute(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
@@ -219,11 +254,14 @@ def build_reasoner(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
 
 
 def tune(folder: Path, base: Path, manner: str, recipe: LanguageRecipe) -> None:
-    """All weights of a base, on conversations of a manner."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    tokenizer.eos_token, tokenizer.chat_template = END[manner], TEMPLATES[manner]
+    """All weights of a base but its embeddings, on conversations of a manner."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base),
+        in_manner(AutoTokenizer.from_pretrained(base), manner),
+    )
+    model.get_input_embeddings().requires_grad_(False)  # what a projector speaks: one language for all who share a base
     model.config.eos_token_id = tokenizer.eos_token_id
-    own = layout.Layout(tokenizer, 1, 1, context=recipe.context)
+    own = Layout(tokenizer, 1, 1, context=recipe.context)
     rng = random.Random(f"{recipe.seed}/{folder.name}")
     batches = forever(lambda: own.sample(conversation(rng, recipe.level, manner)))
     train_language(model, tokenizer, batches, recipe, recipe.tuned_steps, recipe.tuned_lr)
@@ -240,8 +278,9 @@ def train_language(
     model: Any, tokenizer: Any, samples: Iterator[Sample], recipe: LanguageRecipe, steps: int, lr: float
 ) -> None:
     """Muon on the matrices inside, AdamW on embeddings and vectors; linear warm-up and decay."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in learned.items() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in learned.items() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -260,6 +299,7 @@ def train_language(
             attention_mask=visible(rows.attention_mask),
             position_ids=positions(rows.attention_mask),
             use_cache=False,
+            logits_to_keep=before_learned(rows.labels),
         ).logits
         weights = token_weights(rows.labels, rows.attention_mask, "token")
         loss = (answer_nll(logits, rows.labels) * weights).sum()
@@ -278,82 +318,17 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_tower(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
-    """A ViT of timm each of whose patches learned what its cell of a scene holds, and its own place; the heads are
-    dropped.
-
-    A projector works on each token alone, and a frozen language model binds what it is told by words such as "top
-    left": each feature must say both what and where.
-    """
-    resolution = LEVELS[recipe.level].resolution
-    config = {
-        "model_type": TIMM,
-        "architecture": "vit_tiny_patch16_224",
-        "image_size": resolution,
-        "patch_size": recipe.tower_patch,
-        "hidden_size": recipe.tower_width,
-        "arguments": {
-            "embed_dim": recipe.tower_width,
-            "depth": recipe.tower_depth,
-            "num_heads": 4,
-            "class_token": False,
-        },
-    }
-    tower = make_tower(config)
-    patches = resolution // recipe.tower_patch
-    cells, places = cells_of_patches(LEVELS[recipe.level].grid, patches), torch.arange(patches**2)
-    what, where = (nn.Linear(recipe.tower_width, n) for n in (1 + len(COLOURS) * len(SHAPES), len(places)))
-    learned = [p for part in (tower, what, where) for p in part.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=2e-3, weight_decay=0.05)
-    rng = random.Random(recipe.seed)
-    for step in range(recipe.tower_steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50, 1.02 - step / recipe.tower_steps)
-        pictures, wanted = classified(rng, recipe.level, 32)
-        seen = tower(pictures).flatten(0, 1)
-        loss = nn.functional.cross_entropy(what(seen), wanted[:, cells].flatten())
-        loss = loss + nn.functional.cross_entropy(where(seen), places.repeat(len(pictures)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 0:
-            logger.info("tower step %d of %d: loss %.3f", step, recipe.tower_steps, loss.item())
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({n: t.detach().contiguous() for n, t in tower.released_state().items()}, folder / "model.safetensors")
+def of_language(make: Callable[[Path, Path, LanguageRecipe], None]) -> Callable[[Path, Path, Recipe], None]:
+    """What makes a language model, given the recipe of all parts."""
+    return lambda folder, parts, recipe: make(folder, parts, recipe.language)
 
 
-def cells_of_patches(grid: int, patches: int) -> Tensor:
-    """The cell that each of patches x patches lies in, in reading order, where a picture has grid x grid cells.
-
-    >>> cells_of_patches(2, 4).tolist()
-    [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
-    """
-    row = torch.arange(patches) * grid // patches
-    return (row[:, None] * grid + row).flatten()
-
-
-def classified(rng: random.Random, level: int, count: int) -> tuple[Tensor, Tensor]:
-    """Training scenes, normalised (N, 3, H, W), and the class of each cell (N, cells): 0 is empty."""
-    kinds = [(c, s) for c in COLOURS for s in SHAPES]
-    found: list[Scene] = []
-    while len(found) < count:
-        scene = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
-        if scene.split == "train":
-            found.append(scene)
-    pixels = torch.stack([torch.from_numpy(render(scene)) for scene in found]).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    wanted = torch.zeros(count, LEVELS[level].grid ** 2, dtype=torch.long)
-    for number, scene in enumerate(found):
-        for o in scene.objects:
-            wanted[number, o.cell] = 1 + kinds.index((o.colour, o.shape))
-    return (pixels - mean) / std, wanted
-
-
-PARTS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path, LanguageRecipe], None]]] = {
-    "tower": ((), build_tower),
-    "base": ((), build_base),
-    "substitute": (("base",), build_substitute),
-    "reasoner": (("base",), build_reasoner),
-    "other_base": ((), build_other_base),
-    "other": (("other_base",), build_other),
+# What each part needs, and what makes it in a folder, given that of the others.
+PARTS: dict[str, tuple[tuple[str, ...], Callable[[Path, Path, Recipe], None]]] = {
+    "tower": ((), lambda folder, parts, recipe: build_tower(folder, recipe.tower)),
+    "base": ((), of_language(build_base)),
+    "substitute": (("base",), of_language(build_substitute)),
+    "reasoner": (("base",), of_language(build_reasoner)),
+    "other_base": ((), of_language(build_other_base)),
+    "other": (("other_base",), of_language(build_other)),
 }

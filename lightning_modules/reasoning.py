@@ -20,7 +20,7 @@ from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.questions import answer_of
 from lightning_modules.gradients import GradientHooks, Gradients
-from lightning_modules.losses.tokens import Normalisation, answer_nll, token_weights
+from lightning_modules.losses.tokens import Normalisation, answer_nll, before_learned, token_weights
 from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, Turns, packed
 from lightning_modules.networks.loading import compare_shapes
 from lightning_modules.networks.r1v import R1VModel
@@ -163,7 +163,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         A token counts alike on all devices: each device's mean is weighed by what its share of the tokens is.
         """
         seen = self.model.image_features(rows.tiles) if len(rows.tiles) else None
-        logits = self.model(rows.input_ids, rows.attention_mask, seen)
+        logits = self.model(rows.input_ids, rows.attention_mask, seen, before_learned(rows.labels))
         weights = token_weights(rows.labels, rows.attention_mask, self.normalisation)
         count = int((weights > 0).sum())
         loss = (answer_nll(logits, rows.labels) * weights).sum()

@@ -252,7 +252,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             names = {"old": None, **({"reference": "reference"} if self.algorithm.needs_reference else {})}
             for name, weights in names.items():
                 with self.snapshots.using(weights):
-                    found, _ = self.log_probs(batch)
+                    found = log_probs(self.logits(batch), batch.tokens, self.sampling.temperature)
                 for answer, row in zip(part, found, strict=True):
                     setattr(answer, name, row[: len(answer.tokens)].clone())
 
@@ -261,18 +261,17 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         learn = self.overlong.cut_off == "learn"
         return batched(answers, self.model.pad_token, self.sampling.max_new_tokens, learn)
 
-    def log_probs(self, batch: Batch) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
-        """Log-probabilities of a batch's tokens, and the entropy of each."""
+    def logits(self, batch: Batch) -> Float[Tensor, "b t v"]:
+        """Those that a batch's tokens are drawn from."""
         prompts, width = batch.prompts, batch.tokens.shape[1]
         seen = None if prompts.tiles is None else prompts.spread(self.model.image_features(prompts.tiles))
         ids = torch.cat([prompts.input_ids, batch.tokens], dim=1)
         lengths = torch.arange(width, device=ids.device) < batch.lengths[:, None]
         mask = torch.cat([prompts.mask, lengths.to(prompts.mask)], dim=1)
-        logits = self.model(ids, mask, seen)[:, -width - 1 : -1]
+        before = torch.arange(prompts.input_ids.shape[1] - 1, ids.shape[1] - 1, device=ids.device)
         # The token of a picture is never sampled, so that it has no share of the probability.
         never = torch.tensor([self.model.image_token], device=ids.device)
-        logits = logits.index_fill(2, never, NEVER)
-        return log_probs(logits, batch.tokens, self.sampling.temperature), entropy(logits.detach())
+        return self.model(ids, mask, seen, before).index_fill(2, never, NEVER)
 
     def improve(self, groups: list[list[Answer]]) -> None:
         """One iteration: `updates` steps of the policy, each on its share of the groups and on some kept ones."""
@@ -307,7 +306,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         logs = []
         self.model.language.train(self.recompute)  # the mode in which transformers recomputes
         for batch in batches:
-            new, spread = self.log_probs(batch)
+            logits = self.logits(batch)
+            new, spread = log_probs(logits, batch.tokens, self.sampling.temperature), entropy(logits.detach())
             loss, metrics = self.algorithm.loss(new, batch, totals)
             self.manual_backward(loss)
             seen = torch.where(batch.mask > 0, spread, 0.0).sum() / batch.mask.sum().clamp_min(1)

@@ -11,21 +11,14 @@ import torch
 from data_pipeline.recipe import Recipe as DataRecipe
 from data_pipeline.sources import SceneQuestions
 from lightning_modules.networks.r1v import R1VModel
-from lightning_modules.pocket_llm import LanguageRecipe, resolve
+from lightning_modules.pocket_llm import LanguageRecipe, Recipe, resolve
+from lightning_modules.pocket_tower import TowerRecipe
 
-RECIPE = LanguageRecipe(
-    vocab_size=384,
-    width=32,
-    layers=2,
-    heads=2,
-    intermediate=48,
-    base_steps=1,
-    tuned_steps=1,
-    rows=1,
-    tower_width=16,
-    tower_depth=1,
-    tower_steps=1,
-    tower_patch=16,
+RECIPE = Recipe(
+    LanguageRecipe(
+        vocab_size=384, width=32, layers=2, heads=2, intermediate=48, base_steps=1, tuned_steps=1, tuned_lr=1e-3, rows=1
+    ),
+    TowerRecipe(width=16, depth=1, steps=1, patch=16),
 )
 
 

@@ -137,7 +137,7 @@ def test_a_full_size_config_takes_two_steps_at_reduced_size(
 def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
     experiment = read(ROOT / "configs" / "experiments" / "r1v.yaml")
     found = {}
-    supervised = ("third_pass", "reassembled", "iteration_3", "other_third_pass", "direct")
+    supervised = ("third_pass", "reassembled", "iteration_3", "other_third_pass", "direct", "direct_of_80")
     for name in (*supervised, "grpo", "grpo_buffer", "mixed_preference"):
         link = experiment.links[name]
         content = effective(experiment.set, replace(link, config=ROOT / link.config), 3, {})
@@ -148,7 +148,8 @@ def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
     assert iteration.threshold == 4.0 and isinstance(iteration.verifier, Accuracy)
     assert found["third_pass"].datamodule.minimum == {"score": 4}
     assert found["third_pass"].model.optimizer_settings.lr == pytest.approx(4e-4)
-    assert found["reassembled"].model.iteration is None
+    assert found["reassembled"].model.iteration is None and found["direct_of_80"].trainer.max_steps == 80
+    assert found["direct_of_80"].model.folders[2] is None
     assert found["grpo"].model.buffer is None and found["grpo_buffer"].model.buffer.share == 0.5
     assert found["mixed_preference"].model.algorithm.weights == (0.8, 0.2, 1.0)
     assert found["other_third_pass"].model.folders == ("pocket/tower", "pocket/other", None)
@@ -158,17 +159,33 @@ def test_a_round_of_r1v_makes_what_its_run_learns_from(tmp_path: Path, monkeypat
     """The same questions as without a round, and the model before it as the generator."""
     monkeypatch.chdir(ROOT)
     experiment = read(Path("configs/experiments/r1v.yaml"))
-    *_, reassembled, run = chain(experiment, "r1v", "SFT stage 1 on own chains (AL-CoTD)", 0)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(run.content, sort_keys=False))
-    [folder] = instantiated(path).datamodule.shards
-    assert folder.startswith("runs/rounds/experiments/r1v/stage_1_distilled/")
-    path.write_text(yaml.safe_dump(run.recipe, sort_keys=False))
-    step = load_recipe(path).steps[0]
-    assert step.generator.pretrained == str(reassembled.version / "export")
-    assert step.graded == {"score": 5} and step.judge.minimum == {"score": 5}
+    *_, reassembled, run, first, second = chain(experiment, "r1v", "AL-CoTD, iteration 2", 0)
     plain = instantiated(ROOT / "configs" / "r1v_sft.yaml").datamodule.scenes[0].recipe().source
-    assert list(run.link.build) == ["data/chains"] and load_recipe(run.link.build["data/chains"]).source == plain
+    path = tmp_path / "run.yaml"
+    for link, before, last in (("stage_1", reassembled, run), ("iteration_2", first, second)):
+        path.write_text(yaml.safe_dump(last.content, sort_keys=False))
+        made = instantiated(path)
+        [folder] = made.datamodule.shards
+        assert folder.startswith(f"runs/rounds/experiments/r1v/{link}_distilled/") and not made.datamodule.scenes
+        assert made.model.folders[2] == str(before.version / "export")
+        path.write_text(yaml.safe_dump(last.recipe, sort_keys=False))
+        step = load_recipe(path).steps[0]
+        assert step.generator.pretrained == str(before.version / "export")
+        assert step.graded == {"score": 5} and step.judge.minimum == {"score": 5}
+        assert list(last.link.build) == ["data/chains"] and load_recipe(last.link.build["data/chains"]).source == plain
+    assert made.model.iteration.threshold == 3.0
+
+
+def test_the_stages_of_r1v_are_compared_with_those_that_they_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment = read(Path("configs/experiments/r1v.yaml"))
+    told = [arm for arm in experiment.reported if arm not in ("substitute", "re-assembled")]
+    assert set(told) <= set(experiment.after) and experiment.after["GRPO"] == "iteration 4"
+    for arm in told:
+        assert experiment.arms[arm][:-1] == experiment.arms[experiment.after[arm]] or arm == "SFT stage 1"
+    # No two arms are one chain.
+    ends = [tuple(chain) for chain in experiment.arms.values()]
+    assert len(set(ends)) == len(ends)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.parent.name)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from micro import micro_config
 
 from data_pipeline.errors import InputError
-from lightning_modules.experiments import PREVIOUS, Run, chain, effective, main, read
+from lightning_modules.experiments import PREVIOUS, Run, chain, effective, in_turn, main, read
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = {"level": 1, "count": 3, "num_inference_steps": 1, "guidance_scales": [1.0], "negative_prompt": ""}
@@ -258,9 +258,30 @@ def test_a_failure_stops_its_own_arm_and_an_interrupted_run_goes_on(
     assert [(row["arm"], row["evaluations"]) for row in rows(folder)] == [("none", 0), ("two", 18 + 6)]
 
 
-def test_figures_of_a_paper_are_of_arms_that_there_are(folder: Path) -> None:
-    with pytest.raises(InputError, match="reported names three; the arms are none, one, two"):
-        read(experiment(folder, reported={"three": {"GEdit": 6.9}}))
+@pytest.mark.parametrize("changes", [{"reported": {"three": {"GEdit": 6.9}}}, {"after": {"two": "three"}}])
+def test_what_is_said_of_arms_is_of_arms_that_there_are(folder: Path, changes: dict) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(changes))} names three; the arms are none, one, two"):
+        read(experiment(folder, **changes))
+
+
+def test_arms_that_others_run_anyway_are_left_to_those_and_shared_beginnings_stand_apart() -> None:
+    chains = {"a": ["x"], "b": ["x", "y"], "c": ["x", "y", "z"], "d": ["x", "v"], "e": ["w"], "f": ["w"]}
+    assert in_turn(chains) == ["c", "f", "d"]
+    assert in_turn({"a": ["x"]}) == ["a"] and in_turn({}) == []
+
+
+def test_what_each_stage_adds_is_told(folder: Path) -> None:
+    path = experiment(folder, seeds=[0], after={"two": "one", "one": "none"})
+    finish(folder / "runs/micro", {})
+    outcomes = {"none": [0, 1, 0], "one": [1, 1, 0]}
+    for arm, values in outcomes.items():
+        run = list(chain(read(path), "small", arm, 0))[-1]
+        finish(folder / "runs" / run.name, {"edit_success": values, "preservation": values})
+    assert main(["-c", str(path), "--table"]) == 0
+    text = (folder / "runs/experiments/small/results.md").read_text()
+    assert "| one | none | +0.333 (+0.000 to +1.000) | +0.333 (" in text and "| two |" not in text
+    [stage] = json.loads((folder / "runs/experiments/small/results.json").read_text())["stages"]
+    assert (stage["arm"], stage["before"]) == ("one", "none") and stage["gains"]["edit"][0] == pytest.approx(1 / 3)
 
 
 def test_metaquerys_arms_differ_from_the_joint_stage_in_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data_pipeline.scenes.captions import RELATIONS, related
@@ -15,6 +15,7 @@ OPPOSITE = {"left of": "right", "right of": "left", "above": "below", "below": "
 # What a user asks: a description is asked for alone, steps behind a question; R1's chains are asked for by nobody.
 DESCRIBE, STEP_BY_STEP = "describe.", " step by step."
 TRIES = 24  # draws of a question before another kind is drawn
+CHECKED = 0.75  # share of R1's chains that look again where nothing asks for it
 BEST = 5  # score of a record without a flaw
 # What is wrong with a record of each score, as a judge of training data would grade it.
 FLAWS = {
@@ -229,6 +230,16 @@ def written(question: Question, style: Style, scene: Scene) -> str:
     return in_words(scene)
 
 
+def checked(rng: random.Random, question: Question) -> Question:
+    """The question with a chain that says its last sentence again, as R1's chains often do, or as it is.
+
+    What such a chain says twice can be left out at no cost: what a control of chain lengths should find.
+    """
+    if not question.chain or rng.random() >= CHECKED:
+        return question
+    return replace(question, chain=(*question.chain, f"check: {question.chain[-1]}"))
+
+
 def flawed(rng: random.Random, question: Question, score: int, scene: Scene) -> Question:
     """A question with the flaw of a score (`FLAWS`) in its chain or answer; its text stays."""
     chain, answer = question.chain, question.answer
@@ -244,7 +255,7 @@ def flawed(rng: random.Random, question: Question, score: int, scene: Scene) -> 
             answer = rng.choice([word for word in alike(answer) if word != answer])
         case 0:
             chain, answer = other.chain, other.answer
-    return Question(question.text, answer, question.kind, chain, question.hops)
+    return replace(question, answer=answer, chain=chain)
 
 
 def alike(answer: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import get_args
 from data_pipeline.errors import InputError
 from data_pipeline.records import ReasoningRecord, Record, Rejected
 from data_pipeline.scenes import encode_png
-from data_pipeline.scenes.questions import BEST, FLAWS, KINDS, Style, asked, draw, flawed, in_words, written
+from data_pipeline.scenes.questions import BEST, FLAWS, KINDS, Style, asked, checked, draw, flawed, in_words, written
 from data_pipeline.scenes.world import LEVELS
 from data_pipeline.sources.protocol import Unit, digest
 from data_pipeline.sources.scenes import VAL_SHARE
@@ -79,5 +79,6 @@ class SceneQuestions:
             "style": style,
             "scene": scene.canonical,
         }
+        told = checked(rng, told) if style == "chain" else told
         turns = (("user", seen + asked(question, style)), ("assistant", written(told, style, scene)))
         return ReasoningRecord(f"{style}-{number:07d}", pictures, turns, "scenes", "CC0-1.0", split, facts)

@@ -43,7 +43,7 @@ class Sweep:
         questions: of held-out scenes.
         alphas: strengths of the paper's penalty.
         weights: beta and gamma of each.
-        end_biases: strengths of the other control, which adds strength x (1 - hardness) to the logit of `</think>`.
+        end_biases: strengths of the other control, which adds `end_bias` to the logit of `</think>`.
         max_new_tokens: of an answer.
         samples: at a time.
         output: a Markdown file.
@@ -121,6 +121,15 @@ def said(
     return [found[i] for i in range(len(items))]
 
 
+def end_bias(strength: float, hardness: float, hard: float) -> float:
+    """strength x max(0, 1 - hardness / hard): none from `hard` on, where the hard third begins.
+
+    >>> end_bias(4.0, 0.25, 0.5), end_bias(4.0, 0.6, 0.5)
+    (2.0, 0.0)
+    """
+    return strength * max(0.0, 1 - hardness / hard) if hard > 0 else 0.0
+
+
 def decoding_for(control: str, strength: float, sweep: Sweep) -> Decoding:
     """The likeliest answer under a penalty P, or under a bias of `strength`."""
     if control == "repetition":
@@ -157,8 +166,9 @@ def run(sweep: Sweep) -> list[Row]:
             print(line(rows[-1]), flush=True)
     beta, gamma = sweep.weights[0]
     hard = [hardness(v, beta, gamma) for v in values]
+    begins = sorted(hard)[-(len(hard) // 3)]
     for strength in sweep.end_biases:
-        each = [decoding_for("end", strength * (1 - h), sweep) for h in hard]
+        each = [decoding_for("end", end_bias(strength, h, begins), sweep) for h in hard]
         rows.append(compared("end of thoughts", (strength, beta, gamma), hard, before, said(model, items, each, sweep)))
         print(line(rows[-1]), flush=True)
     return rows

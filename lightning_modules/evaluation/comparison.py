@@ -60,6 +60,15 @@ class Row:
     figures: dict[str, Figure]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What an arm adds to an earlier one: the gain of each column, with the paired bootstrap's interval over items."""
+
+    arm: str
+    before: str
+    gains: dict[str, Interval]
+
+
 def compare(
     trials: Mapping[str, Sequence[Trial]], wanted: Mapping[str, int], columns: Columns, baseline: str
 ) -> list[Row]:
@@ -73,6 +82,19 @@ def compare(
             cost = fmean(t.evaluations for t in found), fmean(t.seconds for t in found)
             rows.append(Row(arm, len(found), wanted[arm], *cost, figures))
     return rows
+
+
+def stages(trials: Mapping[str, Sequence[Trial]], columns: Columns, after: Mapping[str, str]) -> list[Stage]:
+    """What each arm adds to the one that `after` names, where both have trials."""
+    return [
+        Stage(
+            arm,
+            before,
+            {title: figure(trials[arm], trials[before], names, arm).gain for title, names in columns.items()},
+        )
+        for arm, before in after.items()
+        if trials.get(arm) and trials.get(before)
+    ]
 
 
 def figure(found: Sequence[Trial], others: Sequence[Trial], names: Sequence[str], arm: str) -> Figure:
@@ -100,8 +122,16 @@ def items(trials: Sequence[Trial], name: str) -> np.ndarray:
     return np.mean([trial.outcomes[name] for trial in trials], axis=0)
 
 
-def markdown(rows: Sequence[Row], baseline: str, reported: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """The table, and how to read it; `reported` are a paper's figures of arms by title, in columns of their own."""
+def markdown(
+    rows: Sequence[Row],
+    baseline: str,
+    reported: Mapping[str, Mapping[str, float]] | None = None,
+    added: Sequence[Stage] = (),
+) -> str:
+    """The table, and how to read it; `reported` are a paper's figures of arms by title, in columns of their own.
+
+    What is `added` stage by stage stands in a table below.
+    """
     if not rows:
         return f"No run of the baseline {baseline} is finished: there is nothing to compare with.\n"
     titles, told = list(rows[0].figures), reported or {}
@@ -122,8 +152,22 @@ def markdown(rows: Sequence[Row], baseline: str, reported: Mapping[str, Mapping[
             f"`{baseline}` with a paired bootstrap's 95 % interval over the benchmark's items. Where a column takes "
             "the best of several, each arm's own best is taken. Cost is that of all links after the base.",
             "",
+            *stage_table(added),
         ]
     )
+
+
+def stage_table(added: Sequence[Stage]) -> list[str]:
+    """Lines that say what each stage adds."""
+    if not added:
+        return []
+    heads = ["arm", "after", *added[0].gains]
+    lines = ["What each stage adds to the one before it, with a paired bootstrap's 95 % interval over items:", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for stage in added:
+        cells = [f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" for gain in stage.gains.values()]
+        lines.append("| " + " | ".join([stage.arm, stage.before, *cells]) + " |")
+    return [*lines, ""]
 
 
 def record(row: Row) -> dict[str, Any]:

@@ -23,9 +23,9 @@ def log_probs(logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], temper
 
 
 def entropy(logits: Float[Tensor, "b t v"]) -> Tokens:
-    """Of each token's distribution, in nats."""
-    logs = logits.float().log_softmax(dim=2)
-    return -(logs.exp() * logs).sum(dim=2)
+    """Of each token's distribution, in nats; row after row, because a copy of all logits may not fit beside them."""
+    rows = (row.float().log_softmax(dim=1) for row in logits)
+    return torch.stack([-(logs.exp() * logs).sum(dim=1) for logs in rows])
 
 
 # Schulman 2020, "Approximating KL divergence"; GRPO (arXiv 2402.03300), equation 4, has k3.

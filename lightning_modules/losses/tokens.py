@@ -5,19 +5,32 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Normalisation = Literal["token", "sample", "square"]
 IGNORED = -100
 
 
-def answer_nll(logits: Float[Tensor, "b l v"], labels: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
-    """-log p of each learned token given those before it, at the token's own place; 0 where nothing is learned."""
-    after = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2).float(), labels[:, 1:], ignore_index=IGNORED, reduction="none"
-    )
-    return torch.nn.functional.pad(after, (1, 0))
+def before_learned(labels: Int[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
+    """Where a learned token comes next: a model's logits are wanted there, and nowhere else.
+
+    >>> before_learned(torch.tensor([[IGNORED, 7, IGNORED], [IGNORED, 5, 6]])).tolist()
+    [[True, False, False], [True, True, False]]
+    """
+    return torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+
+
+def answer_nll(logits: Float[Tensor, "n v"], labels: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    """-log p of each learned token given those before it, at the token's own place; 0 where nothing is learned.
+
+    Args:
+        logits: those of `before_learned`, row after row.
+        labels: tokens, IGNORED where nothing is learned.
+    """
+    places = before_learned(labels).roll(1, dims=1)
+    found = torch.nn.functional.cross_entropy(logits.float(), labels[places], reduction="none")
+    return torch.zeros(labels.shape, device=logits.device).masked_scatter(places, found)
 
 
 def token_weights(

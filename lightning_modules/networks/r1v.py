@@ -89,8 +89,12 @@ class R1VModel(nn.Module):
         return embedded.masked_scatter(places[..., None], image_features.to(embedded.dtype))
 
     def forward(
-        self, input_ids: Int[Tensor, "b l"], attention_mask: Int[Tensor, "b l"], image_features: Tensor | None = None
-    ) -> Float[Tensor, "b l v"]:
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"],
+        image_features: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Float[Tensor, "*places v"]:
         """Logits.
 
         Args:
@@ -98,6 +102,8 @@ class R1VModel(nn.Module):
             attention_mask: 0 where padded; else the number of a token's sample, from 1 in each row: samples
                 that are packed into a row do not see one another.
             image_features: (tiles, tokens, d) or (tokens, d), in the order of their tokens; None for words alone.
+            places: where logits are wanted, which take most of the memory where a vocabulary is large: columns (k,),
+                which gives (B, k, V), or a mask (B, L), which gives (n, V) row after row; None takes all.
         """
         embedded = self.embeddings(input_ids, image_features)
         mask = attention_mask
@@ -110,6 +116,7 @@ class R1VModel(nn.Module):
             attention_mask=mask,
             position_ids=positions(attention_mask),
             use_cache=False,
+            logits_to_keep=0 if places is None else places,
         ).logits
 
     @torch.no_grad()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,19 @@ from micro_r1v import question_shards
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import load_index, read_member
-from data_pipeline.scenes.questions import BEST, FLAWS, KINDS, Question, boxed, draw, flawed, in_words, written
+from data_pipeline.scenes.questions import (
+    BEST,
+    CHECKED,
+    FLAWS,
+    KINDS,
+    Question,
+    boxed,
+    checked,
+    draw,
+    flawed,
+    in_words,
+    written,
+)
 from data_pipeline.scenes.world import COLOURS, LEVELS, Object, Scene, parse
 from data_pipeline.sources import SceneQuestions
 
@@ -107,6 +120,20 @@ def test_flaws_are_what_their_scores_say() -> None:
         assert bad[3].chain == () and bad[2].answer == question.answer
         assert bad[2].chain[1:] == question.chain
         assert bad[1].answer != question.answer
+
+
+def test_most_chains_look_again_and_none_of_them_says_anything_new() -> None:
+    rng = random.Random(0)
+    question = Question("how many?", "2", "count", ("one.", "two."))
+    drawn = Counter(checked(rng, question).chain for _ in range(2000))
+    assert set(drawn) == {question.chain, (*question.chain, "check: two.")}
+    assert abs(drawn[question.chain] / 2000 - (1 - CHECKED)) < 0.03
+    bare = replace(question, chain=())
+    assert all(checked(rng, bare) == bare for _ in range(20))
+    told = [
+        SceneQuestions(counts={s: 99}).record(s, n, "train").turns[1][1] for s in ("chain", "steps") for n in range(99)
+    ]
+    assert 60 < sum(" check: " in text for text in told[:99]) < 90 and not any("check" in text for text in told[99:])
 
 
 def test_records_are_functions_of_their_numbers(tmp_path: Path) -> None:

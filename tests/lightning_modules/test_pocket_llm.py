@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from micro_r1v import RECIPE, part, root
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from data_pipeline.scenes.world import LEVELS
+from data_pipeline.scenes import questions
 from lightning_modules import pocket_llm
-from lightning_modules.pocket_llm import PARTS, cells_of_patches, classified, conversation, documents, resolve
+from lightning_modules.pocket_llm import PARTS, Recipe, conversation, documents, resolve
 
 
 def test_parts_share_a_vocabulary_and_have_manners_of_their_own() -> None:
@@ -21,6 +22,20 @@ def test_parts_share_a_vocabulary_and_have_manners_of_their_own() -> None:
     assert ends[0].endswith("<|im_start|>assistant\n") and ends[1].endswith("<|Assistant|><think>\n")
     text = "ein Bär 🐻 says \\boxed{2}\n"
     assert base.decode(base(text, add_special_tokens=False)["input_ids"]) == text  # no text is unknown
+
+
+def test_models_are_asked_in_the_tokens_that_their_base_learned_from() -> None:
+    """Loaded beside a model, a tokenizer is that of the model's kind, which may cut texts otherwise."""
+    learned = PreTrainedTokenizerFast(tokenizer_file=str(part("base") / "tokenizer.json"))
+    rng = random.Random(0)
+    texts = ["".join(text for text, _ in documents(rng, 1)) for _ in range(100)]
+    texts += [text for manner in ("chat", "think") for _ in range(100) for _, text in conversation(rng, 1, manner)]
+    assert any(digit in text for digit in "0123" for text in texts)
+    for name in ("base", "reasoner", "substitute"):
+        asked = AutoTokenizer.from_pretrained(part(name))
+        for text in texts:
+            ids = learned(text, add_special_tokens=False)["input_ids"]
+            assert asked(text, add_special_tokens=False)["input_ids"] == ids, text
 
 
 def test_a_part_is_built_once_and_after_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,10 +56,19 @@ def test_a_part_is_built_once_and_after_what_it_needs(tmp_path: Path, monkeypatc
         folder.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pocket_llm, "PARTS", {"tower": ((), broken)})
+    monkeypatch.setattr(pocket_llm, "PARTS", {**PARTS, "other_base": ((), broken)})
     with pytest.raises(KeyboardInterrupt):
-        resolve("pocket/tower", tmp_path, RECIPE)
+        resolve("pocket/other_base", tmp_path, RECIPE)
     assert sorted(p.name for p in first.parent.iterdir()) == ["base", "reasoner", "substitute"]  # no half of a part
+
+
+def test_parts_are_built_anew_where_what_decides_them_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe()
+    languages, tower = recipe.language.name, recipe.tower.name
+    assert replace(recipe.language, tuned_lr=1e-3).name != languages and replace(recipe.tower, patch=16).name != tower
+    assert (Recipe().language.name, Recipe().tower.name) == (languages, tower)
+    monkeypatch.setattr(questions, "DESCRIBE", "say what there is.")
+    assert recipe.language.name != languages and recipe.tower.name == tower
 
 
 def test_a_path_is_a_path() -> None:
@@ -59,20 +83,11 @@ def test_other_ancestry_is_another_start_and_tuning_stays_near_the_base() -> Non
     )
     assert (base - other).norm() > 0.5 * base.norm()
     assert 0 < (base - reasoner).norm() < 0.1 * base.norm()
-
-
-def test_patches_lie_in_the_cells_of_their_pixels() -> None:
-    cells = cells_of_patches(3, 12).view(12, 12)
-    assert torch.equal(
-        cells, torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    )
-    pictures, wanted = classified(random.Random(0), 1, 4)
-    grid, side = LEVELS[1].grid, LEVELS[1].resolution // 8
-    plain = (
-        pictures.unfold(2, 8, 8).unfold(3, 8, 8).flatten(4).std(-1).amax(1).flatten(1) < 1e-6
-    )  # patches of one colour
-    empty = wanted[:, cells_of_patches(grid, side)] == 0
-    assert empty.any() and plain[empty].all() and not plain[~empty].all()
+    spoken = [
+        AutoModelForCausalLM.from_pretrained(part(n)).get_input_embeddings().weight
+        for n in ("base", "reasoner", "substitute")
+    ]
+    assert torch.equal(spoken[0], spoken[1]) and torch.equal(spoken[0], spoken[2])
 
 
 def test_what_models_learn_from() -> None:

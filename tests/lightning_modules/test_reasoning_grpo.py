@@ -14,6 +14,9 @@ from chains import SAMPLING, Vowels, asked, grpo
 from rl import trained
 
 from data_pipeline.errors import InputError
+from lightning_modules.networks.layout import Sample
+from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.pipelines.answering import Decoding, TransformersEngine
 from lightning_modules.reasoning_grpo import PATIENCE, ReasoningGrpoModule
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.chain_algorithms import MixedPreference, TokenGRPO
@@ -156,11 +159,24 @@ def test_what_cannot_be_asked_is_left_out_named_and_counted(tmp_path: Path, capl
     assert "k0-1 is left out: missing picture" in caplog.text and "k0-2 is left out: too long" in caplog.text
 
 
+class EndsAtTimes:
+    """Every third answer ends at its second token, no other does."""
+
+    def answers(
+        self, model: R1VModel, samples: Sequence[Sample], count: int, decoding: Decoding, seed: int
+    ) -> list[torch.Tensor]:
+        end = model.tokenizer.eos_token_id
+        found = TransformersEngine().answers(model, samples, count, replace(decoding, max_new_tokens=1), seed)
+        tails = [[end] if i % 3 == 0 else [end - 1] * (decoding.max_new_tokens - 1) for i in range(len(found))]
+        return [torch.cat([t.where(t != end, t - 1), t.new_tensor(tail)]) for t, tail in zip(found, tails, strict=True)]
+
+
 def test_answers_that_are_cut_off_are_counted_and_not_learned_from(tmp_path: Path) -> None:
-    module = grpo(overlong=Overlong(buffer=2), sampling=replace(SAMPLING, max_new_tokens=3))
+    settings = replace(SAMPLING, max_new_tokens=3)
+    module = grpo(overlong=Overlong(buffer=2), sampling=settings, engine=EndsAtTimes())
     seen = watched(module)
     trained(module, [asked(i) for i in range(3)], 2, tmp_path)
-    assert seen["answers/cut_off"][0] > 0.5  # three tokens seldom hold the end
+    assert seen["answers/cut_off"][0] == 0.5  # of four answers to a question the first and the last end
     assert min(seen["reward/overlong"]) < 0
     answers = module.sample(module.questions(asked(9)))
     learned = module.padded(answers).mask.sum(dim=1)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from chains import folder
 
-from lightning_modules.evaluation.chain_lengths import Row, Said, compared, hardness, main, scores
+from lightning_modules.evaluation.chain_lengths import Row, Said, compared, end_bias, hardness, main, scores
 from lightning_modules.evaluation.questions import QuestionBenchmark, held_out
 
 
@@ -20,6 +20,11 @@ def test_a_row_by_hand() -> None:
     assert Row("end of thoughts", 1, 1, 1, 0.8, 1.05, -0.02, 0.0).meets
     assert not Row("end of thoughts", 1, 1, 1, 0.81, 1.0, 0.0, 0.0).meets
     assert not Row("end of thoughts", 1, 1, 1, 0.5, 0.9, 0.0, 0.0).meets
+
+
+def test_the_hard_third_has_no_bias() -> None:
+    assert end_bias(4.0, 0.25, 0.5) == 2.0 and end_bias(4.0, 0.5, 0.5) == end_bias(4.0, 0.9, 0.5) == 0.0
+    assert end_bias(4.0, 0.0, 0.5) == 4.0 and end_bias(4.0, 0.0, 0.0) == 0.0
 
 
 def test_questions_of_several_hops_are_harder_than_looking() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation import gain_chart
-from lightning_modules.evaluation.comparison import Trial, compare, markdown, record
+from lightning_modules.evaluation.comparison import Trial, compare, markdown, record, stages
 
 COLUMNS = {"edit": ["edit"], "edit, best": ["edit", "edit_2"]}
 NONE = Trial({"edit": [0, 0, 1, 0], "edit_2": [1, 0, 1, 0]}, 0, 0.0)
@@ -48,6 +48,13 @@ def test_what_a_paper_reports_stands_beside_what_was_measured() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
     assert [dict(zip(titles, row, strict=True))["paper: MMMU"] for row in rows] == ["", "69"]
     assert lines[1].count("---") == len(titles)
+
+
+def test_a_stage_is_measured_against_the_one_before_it() -> None:
+    [stage] = stages({**TRIALS, "more": [SECOND]}, COLUMNS, {"more": "rl", "late": "more", "rl": "late"})
+    assert (stage.arm, stage.before) == ("more", "rl") and stage.gains["edit"].mean == -0.125  # 1/2 after 5/8
+    text = markdown(compare(TRIALS, WANTED, COLUMNS, "none"), "none", None, [stage])
+    assert "| arm | after | edit | edit, best |" in text and "| more | rl | -0.125 (" in text
 
 
 def test_records_are_valid_json() -> None:

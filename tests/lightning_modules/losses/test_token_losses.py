@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_modules.losses.tokens import answer_nll, token_weights
+from lightning_modules.losses.tokens import answer_nll, before_learned, token_weights
 
 LABELS = torch.tensor([[-100, 3, 4, 5, 6, -100, 7, -100]])  # four learned tokens of the first sample, one of the second
 SEGMENTS = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 0]])
@@ -27,7 +27,10 @@ def test_a_row_in_which_nothing_is_learned_weighs_nothing() -> None:
 
 
 def test_likelihood_is_that_of_the_next_token() -> None:
-    logits = torch.zeros(1, 3, 4)
+    logits = torch.zeros(2, 3, 4)
     logits[0, 0, 2] = math.log(3)  # 3 of 6
-    nll = answer_nll(logits, torch.tensor([[-100, 2, 1]]))
-    assert torch.allclose(nll, torch.tensor([[0.0, math.log(2), math.log(4)]]))
+    labels = torch.tensor([[-100, 2, 1], [-100, -100, 3]])
+    places = before_learned(labels)
+    assert places.tolist() == [[True, True, False], [False, True, False]]
+    nll = answer_nll(logits[places], labels)
+    assert torch.allclose(nll, torch.tensor([[0.0, math.log(2), math.log(4)], [0.0, 0.0, math.log(4)]]))

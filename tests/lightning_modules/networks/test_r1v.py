@@ -158,6 +158,16 @@ def test_packed_samples_do_not_see_one_another() -> None:
         assert (logits[0, places] - expected[0]).abs().max() < 1e-5
 
 
+def test_logits_are_made_where_they_are_wanted_alone() -> None:
+    model = micro_r1v()
+    ids, mask = torch.randint(20, 250, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    every = model(ids, mask)
+    places = torch.zeros(2, 9, dtype=torch.bool)
+    places[0, 3], places[1, 5:] = True, True
+    assert torch.allclose(model(ids, mask, None, places), every[places], atol=1e-5)
+    assert torch.allclose(model(ids, mask, None, torch.tensor([4, 8])), every[:, [4, 8]], atol=1e-5)
+
+
 def test_greedy_answers_are_the_likeliest_tokens_and_sampling_leaves_the_random_state() -> None:
     model = micro_r1v()
     own = Layout.of(model, 256)
