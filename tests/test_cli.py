@@ -19,7 +19,7 @@ import yaml
 from micro import micro_config
 from PIL import Image
 
-from lightning_modules.cli import main
+from lightning_modules.cli import VERSION, main
 from lightning_modules.pipelines import KontextPipeline
 
 ROOT = Path(__file__).parents[1]
@@ -33,21 +33,30 @@ def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """What a command says that ends with status 2, run in this process: it is a mistake before anything begins."""
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[str, str]]:
+    """What a command that ends with a status prints to both streams, run in this process."""
 
-    def said(*arguments: str | Path, cwd: Path) -> str:
+    def run_here(status: int, *arguments: str | Path, cwd: Path) -> tuple[str, str]:
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["cli"])
+        monkeypatch.setattr(sys, "argv", ["cli", *map(str, arguments)])
+        monkeypatch.setenv(VERSION, "")
+        monkeypatch.delenv(VERSION)  # whatever a run sets it to is forgotten after the test
+        capsys.readouterr()
         try:
-            status = main([*map(str, arguments)])
+            found = main([*map(str, arguments)])
         except SystemExit as end:
-            status = end.code
-        found = capsys.readouterr().err
-        assert status == 2, found[-2000:]
-        return found
+            found = end.code
+        streams = capsys.readouterr()
+        assert found == status, streams.err[-2000:]
+        return streams.out, streams.err
 
-    return said
+    return run_here
+
+
+@pytest.fixture
+def refused(said: Callable[..., tuple[str, str]]) -> Callable[..., str]:
+    """What a command says that is a mistake."""
+    return lambda *arguments, cwd: said(2, *arguments, cwd=cwd)[1]
 
 
 def ledger(folder: Path) -> list[dict]:
@@ -154,28 +163,27 @@ def test_two_ranks_resume_bit_for_bit(tmp_path: Path) -> None:
     assert all(row == whole[row["rank"], row["step"]] for row in rows)
 
 
-def test_predict_edits_a_folder_and_draws_prompts(run: Path, tmp_path: Path) -> None:
+def test_predict_edits_a_folder_and_draws_prompts(run: Path, tmp_path: Path, said: Callable) -> None:
     pictures = tmp_path / "in"
     pictures.mkdir()
     Image.fromarray(np.zeros((30, 60, 3), np.uint8)).save(pictures / "a.png")
     (pictures / "broken.png").write_text("no picture")
     options = ["-c", run / "configs/micro.yaml", "--steps", "1"]
     edit = [*options, "--input", pictures, "--instruction", "make it red", "--output", tmp_path / "edited"]
-    result = command("predict", *edit, cwd=run)
-    assert result.returncode == 0 and "1 pictures" in result.stdout and "broken.png" in result.stderr
+    out, err = said(0, "predict", *edit, cwd=run)
+    assert "1 pictures" in out and "broken.png" in err
     assert Image.open(tmp_path / "edited" / "a.png").size == (64, 32)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "it", "image": "in/a.png"}\n')
-    result = command("predict", *options, "--input", prompts, "--output", tmp_path / "drawn", cwd=run)
-    assert result.returncode == 0
+    said(0, "predict", *options, "--input", prompts, "--output", tmp_path / "drawn", cwd=run)
     sizes = [Image.open(p).size for p in sorted((tmp_path / "drawn").iterdir())]
     assert sizes == [(64, 64), (64, 32)]
 
 
-def test_test_gives_the_summarys_metrics(run: Path) -> None:
-    result = command("test", "-c", run / "configs/micro.yaml", cwd=run)
+def test_test_gives_the_summarys_metrics(run: Path, said: Callable) -> None:
+    out, _ = said(0, "test", "-c", run / "configs/micro.yaml", cwd=run)
     summary = json.loads((run / "runs/micro/latest/summary.json").read_text())
-    metrics = json.loads(result.stdout)
+    metrics = json.loads(out)
     assert metrics and metrics == {name: summary[name] for name in metrics}
 
 
@@ -198,13 +206,15 @@ def unfinished(run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_resuming_with_other_settings_is_refused_and_the_record_stays(run: Path, unfinished: Path) -> None:
+def test_resuming_with_other_settings_is_refused_and_the_record_stays(
+    run: Path, unfinished: Path, refused: Callable
+) -> None:
     record = unfinished / "runs/micro/version_0/config.yaml"
     before = record.read_bytes()
     changed = ["--model.init_args.optimizer.lr", "1e-6", "--trainer.gradient_clip_val", "2"]
-    result = command("fit", "-c", run / "configs/micro.yaml", "--resume", *changed, cwd=unfinished)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "optimizer.lr: 0.004 -> 1e-06" in result.stderr and "gradient_clip_val: 1.0 -> 2" in result.stderr
+    told = refused("fit", "-c", run / "configs/micro.yaml", "--resume", *changed, cwd=unfinished)
+    assert "Traceback" not in told
+    assert "optimizer.lr: 0.004 -> 1e-06" in told and "gradient_clip_val: 1.0 -> 2" in told
     assert record.read_bytes() == before
 
 
@@ -230,12 +240,11 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_checkpoint_is_one_clear_message(name: str, run: Path, unfinished: Path) -> None:
+def test_a_damaged_checkpoint_is_one_clear_message(name: str, run: Path, unfinished: Path, refused: Callable) -> None:
     damage, expected = DAMAGE[name]
     damage(unfinished / "runs/micro/version_0/checkpoints/step_00000012.ckpt")
-    result = command("fit", "-c", run / "configs/micro.yaml", "--resume", cwd=unfinished)
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert expected in result.stderr and "Traceback" not in result.stderr
+    told = refused("fit", "-c", run / "configs/micro.yaml", "--resume", cwd=unfinished)
+    assert expected in told and "Traceback" not in told
 
 
 MISTAKES = {
