@@ -108,7 +108,7 @@ def test_training_goes_on_exactly_where_it_stopped_within_an_iteration(tmp_path:
         sampling = replace(SAMPLING, groups=4, updates=2)
         return grpo(sampling=sampling, buffer=SampleBuffer(share=0.25), algorithm=TokenGRPO(kl=0.1))
 
-    batches = [asked(i) for i in range(8)]
+    batches = [asked(i) for i in range(16)]  # more than are needed where every group teaches something
     whole, part, rest = module(), module(), module()
     trained(whole, batches, 8, tmp_path)
     trained(part, batches[:3], 4, tmp_path, [SaveAfter(3, tmp_path / "stop.ckpt")])
