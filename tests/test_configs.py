@@ -87,7 +87,7 @@ def test_a_full_size_config_is_planned_as_its_head_says(path: Path) -> None:
     made = outlined(["--config", str(path)])
     head = re.search(r"# Expected \(not measured\): ([\d.]+) GiB and ([\d.]+) samples/s a GPU", path.read_text())
     plan = Plan(planned(made))
-    assert head is not None and plan.assumed and plan.peak < plan.machine.memory * 2**30
+    assert head is not None and plan.needs.assumed and plan.peak < plan.machine.memory * 2**30
     assert float(head[1]) == pytest.approx(plan.peak / 2**30, abs=1)
     assert float(head[2]) == pytest.approx(plan.step_samples / plan.run.devices / plan.seconds, rel=0.02)
 

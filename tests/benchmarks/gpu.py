@@ -34,7 +34,7 @@ from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
 from lightning_modules.networks.flops import passes_flops
-from lightning_modules.networks.footprint import SD35_MEDIUM
+from lightning_modules.networks.published import SD35_MEDIUM
 from lightning_modules.networks.tokenizers import clip_tokenizer, phrase_tokenizer
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.reinforce import ReinforceModule

@@ -66,7 +66,7 @@ def test_every_bad_part_of_the_weights_is_named(tmp_path: Path) -> None:
 
 def test_shards_and_disk(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    found = bad(preflight.shards({"": [str(tmp_path / "absent"), str(tmp_path / "empty")]}))
+    found = bad(preflight.shards([str(tmp_path / "absent"), str(tmp_path / "empty")]))
     assert "there is no folder" in found[0] and "holds no shards" in found[1]
     assert bad(preflight.disk(tmp_path / "runs", 1e3)) == []
     assert "make room" in bad(preflight.disk(tmp_path / "runs", 1e18))[0]
