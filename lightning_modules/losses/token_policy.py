@@ -14,6 +14,7 @@ from torch import Tensor
 Tokens = Float[Tensor, "b t"]
 Aggregate = Literal["token", "sequence", "constant"]
 Estimator = Literal["k1", "k2", "k3"]
+TOKENS = 256  # whose distributions are in memory at a time
 
 
 def log_probs(logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], temperature: float = 1.0) -> Tokens:
@@ -23,9 +24,12 @@ def log_probs(logits: Float[Tensor, "b t v"], tokens: Int[Tensor, "b t"], temper
 
 
 def entropy(logits: Float[Tensor, "b t v"]) -> Tokens:
-    """Of each token's distribution, in nats."""
-    logs = logits.float().log_softmax(dim=2)
-    return -(logs.exp() * logs).sum(dim=2)
+    """Of each token's distribution, in nats; few tokens at a time, because a vocabulary's logits are large."""
+    found = []
+    for some in logits.split(TOKENS, dim=1):
+        logs = some.float().log_softmax(dim=2)
+        found.append(-(logs.exp() * logs).sum(dim=2))
+    return torch.cat(found, dim=1)
 
 
 # Schulman 2020, "Approximating KL divergence"; GRPO (arXiv 2402.03300), equation 4, has k3.

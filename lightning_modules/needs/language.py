@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -58,7 +57,7 @@ def chat_needs(run: Run, stage: ChatStage) -> Needs:
     said.append(f"conversations of {length} tokens are assumed, in memory each as long as the context")
     flops, again = model.trained_flops(stage.context, each)
     beside = SUPERVISED * run.batch_size * stage.context * model.words.vocab_size
-    kept = partial(model.kept, stage.context, each)
+    kept = partial(model.kept, stage.context, each, stage.context - 1)
     load = Load(run.batch_size, run.batch_size, flops / each, kept, again / each, beside=beside, tokens=length)
     return Needs(model.parts, {"conversations": load}, assumed=tuple(said))
 
@@ -78,7 +77,7 @@ def answer_needs(run: Run, stage: AnswerStage) -> Needs:
     written = stage.context - sampling.max_new_tokens / 2  # tokens behind a new one, on average
     weights = sum(p.nbytes for p in model.step.language.parameters())
     streamed = sampling.max_new_tokens * (weights / together + written * model.token_bytes)
-    kept = partial(model.kept, stage.context, 1)
+    kept = partial(model.kept, stage.context, 1, sampling.max_new_tokens)
     beside = REINFORCED * sampling.micro_answers * sampling.max_new_tokens * model.words.vocab_size
     load = Load(
         run.batch_size, sampling.micro_answers, flops + once * forward, kept, again, streamed, beside, stage.context
@@ -152,32 +151,30 @@ class Outlined:
         """FLOPs of pictures through the tower and the projector."""
         tokens = pictures * self.seen
         projected = sum(2.0 * tokens * p.numel() for p in self.step.projector.parameters() if p.ndim == 2)
-        return pictures * self.tiles * tower_flops(self.tower, self.patches) + projected
+        return pictures * self.tower_flops + projected
+
+    @property
+    def tower_flops(self) -> float:
+        """FLOPs of a picture through the tower."""
+        beside = getattr(self.step.vision.model, "num_prefix_tokens", 1)  # InternViT has a class token
+        return self.tiles * tower_flops(self.tower, self.patches, beside)
 
     def trained_flops(self, length: int, pictures: int) -> tuple[float, float]:
         """FLOPs of a row forward and backward, and those of them that are done twice."""
-        tower = pictures * self.tiles * tower_flops(self.tower, self.patches)
-        projected = self.looks(pictures) - tower
-        passes = {name: 3 if name in self.train else 2 for name in ("vision", "projector", "language")}
-        found = tower * (3 if "vision" in self.train else 1)
-        # A projector that learns, or that passes gradients on, has nothing before it to pass them to.
-        found += projected * (passes["projector"] - ("vision" not in self.train) * self.first_share)
-        found += self.forward(length) * passes["language"]
+        tower = pictures * self.tower_flops
+        behind = 3 if "projector" in self.train else 2 if "vision" in self.train else 1
+        found = tower * (3 if "vision" in self.train else 1) + (self.looks(pictures) - tower) * behind
+        found += self.forward(length) * (3 if "language" in self.train else 2)
         if "language" not in self.train:
             found += language_attention_flops(self.words, length)
         return found, language_flops(self.words, length) if self.recompute else 0.0
 
-    @property
-    def first_share(self) -> float:
-        """The share of the projector's products in its first layer, whose inputs need no gradient."""
-        sizes = [p.numel() for p in self.step.projector.parameters() if p.ndim == 2]
-        return sizes[0] / sum(sizes)
-
-    def kept(self, length: int, pictures: int, rows: int) -> float:
-        """Bytes that autograd keeps of so many rows."""
+    def kept(self, length: int, pictures: int, learned: int, rows: int) -> float:
+        """Bytes that autograd keeps of so many rows, the last `learned` tokens of which the loss is about."""
         tokens = self.patches // self.step.factor**2
         tiles = min(pictures * self.tiles, length // tokens) * rows
         arguments = {"rows": rows, "length": length, "tiles": tiles, "side": self.tower.image_size, "tokens": tokens}
+        arguments["learned"] = learned
         return kept_bytes(self.step, lambda: arguments, self.autocast)
 
 
@@ -190,7 +187,3 @@ def inner_of(vision: Any) -> int:
     """Width of the feed-forward layers of a tower of timm."""
     return int(vision.model.blocks[0].mlp.fc1.out_features) if hasattr(vision.model, "blocks") else 0
 
-
-def source_of(name: str | None, kind: str) -> dict[str, str]:
-    """A folder that is named, and what it must be."""
-    return {} if name is None else {str(Path(name)): kind}

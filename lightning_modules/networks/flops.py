@@ -73,14 +73,15 @@ def language_attention_flops(config: Any, tokens: int) -> float:
     return 4.0 * config.num_hidden_layers * tokens**2 * config.hidden_size
 
 
-def tower_flops(config: Any, patches: int) -> float:
+def tower_flops(config: Any, patches: int, beside: int = 1) -> float:
     """FLOPs of one tile's forward pass through a ViT of R1V: `hidden_size` wide, from its vision config.
 
     Args:
         config: with `num_hidden_layers`, `hidden_size`, `intermediate_size` and `patch_size`.
-        patches: of a tile; the class token is one more.
+        patches: of a tile.
+        beside: tokens that are no patches.
     """
-    width, tokens = config.hidden_size, patches + 1
+    width, tokens = config.hidden_size, patches + beside
     layer = tokens * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * tokens**2 * width
     return 2.0 * (config.num_hidden_layers * layer + patches * 3 * config.patch_size**2 * width)
 

@@ -104,8 +104,8 @@ class TextStep(nn.Module):
         super().__init__()
         self.vision, self.projector, self.language, self.factor = vision, projector, language, factor
 
-    def forward(self, rows: int, length: int, tiles: int, side: int, tokens: int) -> Tensor:
-        """The loss of as many rows; `side` pixels and `tokens` are of a tile."""
+    def forward(self, rows: int, length: int, tiles: int, side: int, tokens: int, learned: int) -> Tensor:
+        """The loss of as many rows; `side` pixels and `tokens` are of a tile, `learned` tokens of the end of a row."""
         dtype = next(self.projector.parameters()).dtype
         trained = any(p.requires_grad for p in self.vision.parameters())
         width = self.vision.width * self.factor**2
@@ -122,8 +122,8 @@ class TextStep(nn.Module):
         logits = self.language(
             inputs_embeds=embedded, attention_mask=visible, position_ids=positions, use_cache=False
         ).logits
-        labels = torch.zeros(rows, length - 1, dtype=torch.long)
-        return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels)
+        labels = torch.zeros(rows, learned, dtype=torch.long)
+        return cross_entropy(logits[:, -learned - 1 : -1].transpose(1, 2).float(), labels)
 
 
 def r1v_outline(

@@ -1,0 +1,157 @@
+"""What plan says of queries and connectors is what is: FLOPs counted, bytes of a run, activations of hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from micro import built, built_vlm, micro_metaquery
+from rl import Stream, prompts
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from callbacks import EMA
+from lightning_modules.connector import Connector, ConnectorModule
+from lightning_modules.needs import connector
+from lightning_modules.networks.adapters import Lora
+from lightning_modules.networks.compute import Compute
+from lightning_modules.networks.footprint import SavedTensors
+from lightning_modules.planning import GIB, Plan, Run
+
+SIZES = Connector(num_queries=16, width=32, inner=48, layers=2, heads=2)
+STAGES = {
+    "stage 1": {"train": ["connector"]},
+    "stage 3": {"train": ["connector", "transformer"]},
+    "transformer alone": {"train": ["transformer"]},
+    "low precision": {"train": ["connector"], "compute": Compute("bfloat16", "bfloat16")},
+    "recomputed": {"train": ["connector", "transformer"], "compute": Compute(recompute=True)},
+    "fused layers": {"train": ["connector"], "reading": {"layers": [-3, -2, -1]}},
+    "adapters": {"train": ["connector"], "vlm_lora": Lora(4, 8, ["q_proj", "v_proj"])},
+    "light head": {"train": ["connector"], "light_head": 1},
+}
+TEXT_TOKENS = 24  # of "make it 0" in its conversation, as the micro tokenizer has it, about
+
+
+def made(name: str) -> ConnectorModule:
+    changes: dict[str, Any] = dict(STAGES[name])
+    if "reading" in changes:
+        changes["reading"] = connector.Querying().reading.__class__(**changes["reading"])
+    return ConnectorModule(str(built()), str(built_vlm()), connector=SIZES, steps=2, **changes)
+
+
+def run(module: Any, count: int = 3, size: int = 32, **changes: Any) -> Run:
+    common = {"ratio": {"edit": 1}, "batch_size": count, "batch_tokens": None, "size_multiple": 16}
+    trainer = changes.pop("trainer", {"max_steps": 2})
+    return Run(module, trainer, image_size=size, ema=True, keep=2, **{**common, **changes})
+
+
+def planned(module: ConnectorModule, batch: Any, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """With the length that the batch's texts have."""
+    reader = module._queries if module.vlm_lora is None else None
+    if reader is not None:
+        lengths = [each["cache"].shape[-2] for each in reader.prefixes(batch.prompts, batch.pixels())]
+    else:
+        lengths = [each["cache"].shape[-2] for each in module.pipeline().read(batch.prompts, batch.pixels())]
+    pictures = (int(32 * 28 / 32) // 28) ** 2  # tokens of a picture of 32 x 32
+    monkeypatch.setattr(connector, "TEXT", round(sum(lengths) / len(lengths)) - pictures)
+    return Plan(run(module))
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 3", "transformer alone", "low precision", "fused layers"])
+def test_flops_are_the_counted_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = made(name)
+    module.configure_model()
+    batch = module.latent_encoder().encode_batch(prompts(0, "edit", 3))
+    plan = planned(module, batch, monkeypatch)  # and what is read is remembered
+    module.pipeline().vlm.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        module.flow_matching_loss(batch).backward()
+    assert 3 * plan.loads["edit"].flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert 3 * plan.loads["edit"].flops == pytest.approx(module.training_flops(batch), rel=0.02)
+
+
+def test_flops_to_read_are_the_counted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = made("stage 1")
+    module.configure_model()
+    batch = prompts(0, "edit", 3)
+    plan = planned(module, batch, monkeypatch)
+    module.pipeline().vlm.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module.pipeline().read(batch.prompts[:1], batch.pixels()[:1], 1)
+    assert plan.loads["edit"].again == pytest.approx(counter.get_total_flops(), rel=0.1)  # padded to a length
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_activations_are_those_that_autograd_saves(
+    name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if autocast and name in ("low precision", "light head"):
+        pytest.skip("the weights say the precision, or another case is alike")
+    module = made(name)
+    module.configure_model()
+    batch = module.latent_encoder().encode_batch(prompts(0, "edit", 3))
+    plan = planned(module, batch, monkeypatch)
+    pipeline = module.pipeline()
+    known = [t for part in (pipeline.transformer, pipeline.conditioner, pipeline.vlm) for t in part.state_dict().values()]
+    counter = SavedTensors([*known, *pipeline.transformer.buffers(), *pipeline.vlm.buffers()])
+    with counter.hooks(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module.flow_matching_loss(batch)
+    found = plan.activations["edit"]
+    if autocast:
+        found = Plan(run(module, trainer={"max_steps": 2, "precision": "bf16-mixed"})).activations["edit"]
+    assert found == pytest.approx(counter.bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 3", "low precision", "adapters"])
+def test_bytes_of_states_are_exact(name: str, tmp_path: Path) -> None:
+    module, ema = made(name), EMA()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[ema], gradient_clip_val=1.0,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Stream([prompts(0), prompts(1)]), batch_size=None))
+    plan, pipeline = Plan(run(made(name))), module.pipeline()
+    learned = [p for _, p in module.trainable_parameters()]
+    found = {
+        "transformer": sum(p.nbytes for p in pipeline.transformer.parameters()),
+        "position table": sum(b.nbytes for b in pipeline.transformer.buffers()),
+        "queries and connector": sum(p.nbytes for p in pipeline.conditioner.parameters()),
+        "vision-language model": sum(p.nbytes for p in pipeline.vlm.parameters()),
+        "autoencoder": sum(p.nbytes for p in pipeline.vae.parameters()),
+        "gradients": sum(p.nbytes for p in learned),
+        "average (EMA)": sum(value.nbytes for value in ema.shadow.values()),
+    }
+    assert {part: plan.states[part] for part in found} == found
+    state = [value for values in trainer.optimizers[0].state.values() for value in values.values()]
+    idle = sum(p.nbytes * (2 if p.dtype == torch.float32 else 6) + 4 for p in learned if p not in trainer.optimizers[0].state)
+    assert plan.optimiser_bytes == sum(value.nbytes for value in state) + idle
+
+
+def test_full_size_is_planned_without_weights() -> None:
+    """Qwen2.5-VL-7B has 8.29 billion parameters, the released connector 1.0 with its projections, SD3.5-Medium 2.24."""
+    compute = Compute("bfloat16", "bfloat16")
+    module = ConnectorModule("weights/absent", "weights/absent_vlm", compute=compute)
+    plan = Plan(run(module, 8, 512, ratio={"text_to_image": 1, "edit": 1}))
+    sizes = {part.name: part.numbers for part in plan.needs.parts}
+    assert sizes["vision-language model"] == 8_292_166_656 and sizes["transformer"] == 2_243_171_520
+    assert plan.trained == sizes["queries and connector"] and len(plan.needs.assumed) == 3
+    assert plan.loads["text_to_image"].flops < plan.loads["edit"].flops < plan.loads["edit"].flops + 1
+    assert plan.loads["edit"].again > plan.loads["text_to_image"].again > 0
+    assert plan.states["vision-language model"] == 2 * 8_292_166_656 and plan.peak < 139 * GIB
+    kept = Plan(run(ConnectorModule("weights/absent", "weights/absent_vlm", feature_cache="features"), 8, 512))
+    assert kept.loads["edit"].again == 0
+
+
+def test_an_earlier_conditioner_is_planned_as_it_is(tmp_path: Path) -> None:
+    folder = str(micro_metaquery(tmp_path / "metaquery"))
+    module = ConnectorModule(folder, train=["transformer"])
+    plan = Plan(run(module))
+    module.configure_model()
+    sizes = {part.name: part.numbers for part in plan.needs.parts}
+    assert sizes["queries and connector"] == sum(p.numel() for p in module.conditioner.parameters())
+    absent = Plan(run(ConnectorModule(str(built()), str(built_vlm()), conditioner="runs/none/export")))
+    assert any("runs/none/export is not here" in text for text in absent.needs.assumed)
