@@ -16,8 +16,8 @@ from data_pipeline.lint import lint
 from data_pipeline.records import SPELT
 from lightning_modules import planning, preflight
 from lightning_modules.commands import RUNS, overridden, read_config
-from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.folders import NotBuilt
+from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.planning import Machine, Plan, Run
 from lightning_modules.preflight import Finding
 

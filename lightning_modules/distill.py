@@ -23,12 +23,12 @@ from data_pipeline.errors import InputError
 from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.needs.images import image_needs
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute
 from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
-from lightning_modules.needs.images import image_needs
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache

@@ -102,7 +102,7 @@ class EditRewardModule(GradientHooks, L.LightningModule):
 
     def sources(self) -> dict[str, str]:
         """Folders, and what they must be, for doctor."""
-        return {self.pretrained: "vlm" if self.tower is None else "image"}
+        return {self.pretrained: "model" if self.tower is None else "image"}
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""

@@ -104,6 +104,6 @@ def fetched(name: str, weights: list[str] | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"there is no folder {name}, and the hub's model of that name cannot be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Download it where there is a network and give its "
-            f"folder: hf download {name} --local-dir weights/{Path(name).name}; a gated one needs hf auth login first"
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Download it where there is a network and give "
+            f"its folder: hf download {name} --local-dir weights/{Path(name).name} (gated ones: hf auth login first)"
         ) from error

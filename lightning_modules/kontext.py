@@ -20,6 +20,7 @@ from data_pipeline.errors import InputError
 from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients, require_norm_clipping
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.needs.images import image_needs
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
@@ -28,7 +29,6 @@ from lightning_modules.networks.flops import passes_flops
 from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.sharding import full_state, load_sharded
-from lightning_modules.needs.images import image_needs
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache

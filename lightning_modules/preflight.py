@@ -106,12 +106,16 @@ def checks_of(folder: Path, kind: str) -> list[Callable[[], object]]:
     Args:
         folder: that is here.
         kind: what it must be: "image": a checkpoint with text encoders, "pictures": one that needs none, "transformer",
-            "conditioner": a Metaquery model, "vlm", "language" or "tower": a model of transformers, "r1v".
+            "conditioner": a Metaquery model, "model": any of transformers, "vlm": a Qwen2.5-VL, "tower", "r1v".
     """
     transformer = partial(KontextTransformer.check, folder / "transformer")
     match kind:
         case "image":
-            return [partial(require_parts, folder, ("transformer", "vae", "scheduler")), transformer, *part_checks(folder)]
+            return [
+                partial(require_parts, folder, ("transformer", "vae", "scheduler")),
+                transformer,
+                *part_checks(folder),
+            ]
         case "pictures":
             vae = partial(check_weights, AutoencoderKL, folder / "vae", {"AutoencoderKL"})
             return [transformer, vae, partial(check_scheduler, folder / "scheduler")]
@@ -120,14 +124,17 @@ def checks_of(folder: Path, kind: str) -> list[Callable[[], object]]:
         case "conditioner":
             own = partial(check_weights, Conditioner, folder / "conditioner", KNOWN_CLASSES)
             return [partial(require_conditioner, folder), own]
-    wanted = {"vlm": {QWEN}, "r1v": {"internvl_chat"}, "tower": {TIMM, INTERN, "internvl_chat"}}
-    return [partial(check_model, folder, wanted.get(kind, set()))]
+    wanted = {"vlm": {QWEN}, "tower": {TIMM, INTERN}}
+    return [partial(check_model, folder, wanted.get(kind, set()), "llm_config" if kind == "r1v" else None)]
 
 
-def check_model(folder: Path, types: set[str]) -> None:
-    """Refuses a folder of transformers that is not whole, or of another model than one of these types (any if none)."""
-    found = read_json(folder / "config.json").get("model_type")
-    if types and found not in types:
+def check_model(folder: Path, types: set[str], field: str | None) -> None:
+    """Refuses a folder that is not whole, or of another model than one of these types (any if none) or with a field."""
+    config = read_json(folder / "config.json")
+    if field is not None and field not in config:
+        raise CheckpointError(f"{folder / 'config.json'} has no {field}; expected R1V's released layout")
+    found = config.get("model_type")
+    if types and found not in types and not (TIMM in types and "llm_config" in config):  # a whole R1V has a tower
         raise CheckpointError(f"{folder / 'config.json'} describes a {found}; expected {' or '.join(sorted(types))}")
     stored_shapes(folder)
 

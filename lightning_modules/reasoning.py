@@ -139,7 +139,7 @@ class R1VModule(GradientHooks, L.LightningModule):
     def sources(self) -> dict[str, str]:
         """Folders, and what they must be, for doctor."""
         vision, language, projector = self.folders
-        return {vision: "tower", language: "language", **({} if projector is None else {projector: "r1v"})}
+        return {vision: "tower", language: "model", **({} if projector is None else {projector: "r1v"})}
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""

@@ -23,6 +23,7 @@ from lightning_modules.evaluation.pictures import dashboard
 from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.needs.images import image_needs
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
@@ -31,7 +32,6 @@ from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
-from lightning_modules.needs.images import image_needs
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.opening import connected, open_folder, prompts_of, reads_pictures

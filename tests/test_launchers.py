@@ -21,7 +21,9 @@ def here(tmp_path: Path) -> Path:
     for program in ("python", "srun", "torchrun", "scontrol"):
         script = tmp_path / "bin" / program
         script.parent.mkdir(exist_ok=True)
-        script.write_text(f'#!/bin/bash\necho {program} "$@" >> {tmp_path}/calls\n[ {program} != srun ] || exec sleep $LAST\n')
+        script.write_text(
+            f'#!/bin/bash\necho {program} "$@" >> {tmp_path}/calls\n[ {program} != srun ] || exec sleep $LAST\n'
+        )
         script.chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
@@ -33,7 +35,9 @@ def here(tmp_path: Path) -> Path:
 def started(here: Path, script: str, last: float = 0, **variables: str) -> subprocess.Popen[str]:
     environment = {"PATH": f"{here}/bin:{os.environ['PATH']}", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "GPUS": "8"}
     environment |= {"LAST": str(last), **variables}
-    return subprocess.Popen(["bash", f"configs/sd35m/{script}", CONFIG, "--a", "1"], cwd=here, env=environment, text=True)
+    return subprocess.Popen(
+        ["bash", f"configs/sd35m/{script}", CONFIG, "--a", "1"], cwd=here, env=environment, text=True
+    )
 
 
 def called(here: Path) -> list[str]:
@@ -67,7 +71,9 @@ def test_a_dry_run_that_finds_something_starts_nothing(here: Path) -> None:
     assert not (here / "calls").exists()
 
 
-@pytest.mark.parametrize(("there", "finished", "resumes"), [(True, False, True), (True, True, False), (False, False, False)])
+@pytest.mark.parametrize(
+    ("there", "finished", "resumes"), [(True, False, True), (True, True, False), (False, False, False)]
+)
 def test_only_a_run_with_a_checkpoint_is_resumed(here: Path, there: bool, finished: bool, resumes: bool) -> None:
     if there:
         saved(here, finished)

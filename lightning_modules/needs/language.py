@@ -186,4 +186,3 @@ def len_of(vision: Any) -> int:
 def inner_of(vision: Any) -> int:
     """Width of the feed-forward layers of a tower of timm."""
     return int(vision.model.blocks[0].mlp.fc1.out_features) if hasattr(vision.model, "blocks") else 0
-

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
 from data_pipeline.errors import InputError
 from lightning_modules.folders import planned_checkpoint, planned_vlm
-from lightning_modules.networks.adapters import Lora
+from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.edit_readers import Tower, TowerReader
 from lightning_modules.networks.flops import (
     language_attention_flops,
@@ -49,15 +50,13 @@ def vlm_needs(run: Run, stage: RewardStage) -> Needs:
     """Of a Qwen2.5-VL whose vision tower is frozen."""
     if stage.lora is None and not {"visual", "visual."} & set(stage.frozen):
         raise InputError(
-            "plan counts a Qwen2.5-VL whose vision tower is frozen; set lora, or name visual in frozen (what is kept of "
-            "a tower that is trained depends on each picture's windows)"
+            "plan counts a Qwen2.5-VL whose vision tower is frozen; set lora, or name visual in frozen (what is kept "
+            "of a tower that is trained depends on each picture's windows)"
         )
     folder = planned_vlm(stage.pretrained)
     config, assumed = config_in(folder, QWEN25_VL_7B)
     reader = vlm_outline(config, Reading(), dtype_of(config), None).model.model
     if stage.lora is not None:
-        from lightning_modules.networks.adapters import add_lora
-
         with torch.device("meta"):
             add_lora(reader, stage.lora, 0)
     else:
@@ -117,8 +116,6 @@ def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
 
 def counted(reader: TowerReader, inputs: Any) -> float:
     """FLOPs of a sample's forward pass on the meta device, without the frozen text encoder."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     encoder = reader.encoder
     with torch.device("meta"), FlopCounterMode(display=False) as every:
         reader(**inputs(1))

@@ -1,4 +1,4 @@
-"""Vision-language models, connectors and R1V's parts on the meta device, and the steps through them that are counted."""
+"""Vision-language models, connectors and R1V's parts on the meta device, and steps through them that are counted."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ class MetaqueryPipeline(KontextPipeline):
         torch_dtype: torch.dtype | None = None,
         vlm_dtype: torch.dtype | None = None,
     ) -> MetaqueryPipeline:
-        """Transformer, autoencoder and scheduler of any checkpoint folder with this conditioner and that VLM, the weights of
-        which may be of a precision of their own."""
+        """Transformer, autoencoder and scheduler of any checkpoint folder with this conditioner and that VLM, whose
+        weights may be of a precision of their own."""
         for part in ("transformer", "vae", "scheduler"):
             if not (folder / part).is_dir():
                 raise CheckpointError(f"{folder} lacks {part}; expected a checkpoint folder in the diffusers layout")

@@ -65,8 +65,8 @@ GROUP = 12
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of batch: pixels of a side, samples, references of each, and whether it is reinforcement, or Metaquery's stage 1:
-    queries and connector alone, before a frozen transformer and Qwen2.5-VL-7B."""
+    """A kind of batch: pixels of a side, samples, references of each, and whether it is reinforcement, or Metaquery's
+    stage 1: queries and connector alone, before a frozen transformer and Qwen2.5-VL-7B."""
 
     size: int
     count: int

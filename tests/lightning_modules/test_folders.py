@@ -47,7 +47,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
 
 def test_a_path_is_taken_as_it_is_and_never_asked_for(hub: list[dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
-    for name in ("weights/absent", "models/absent", "runs/edit/latest/export", "mine/model", "mine/absent", str(built())):
+    for name in (
+        "weights/absent",
+        "models/absent",
+        "runs/edit/latest/export",
+        "mine/model",
+        "mine/absent",
+        str(built()),
+    ):
         assert not is_hub_id(name)
         for folder in (checkpoint_folder, vlm_folder, r1v_folder, planned_checkpoint, planned_vlm, planned_r1v):
             assert folder(name) == Path(name)

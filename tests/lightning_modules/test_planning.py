@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import EMA
 from lightning_modules.kontext import KontextModule
+from lightning_modules.needs.images import Pictures
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
-from lightning_modules.needs.images import Pictures
 from lightning_modules.networks.footprint import Geometry, SavedTensors, outline, saved_bytes
 from lightning_modules.networks.kontext_transformer import KontextTransformer
 from lightning_modules.networks.published import SD35_MEDIUM

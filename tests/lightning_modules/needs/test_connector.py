@@ -86,9 +86,7 @@ def test_flops_to_read_are_the_counted_ones(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", list(STAGES))
 @pytest.mark.parametrize("autocast", [False, True])
-def test_activations_are_those_that_autograd_saves(
-    name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_activations_are_those_that_autograd_saves(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if autocast and name in ("low precision", "light head"):
         pytest.skip("the weights say the precision, or another case is alike")
     module = made(name)
@@ -96,7 +94,9 @@ def test_activations_are_those_that_autograd_saves(
     batch = module.latent_encoder().encode_batch(prompts(0, "edit", 3))
     plan = planned(module, batch, monkeypatch)
     pipeline = module.pipeline()
-    known = [t for part in (pipeline.transformer, pipeline.conditioner, pipeline.vlm) for t in part.state_dict().values()]
+    known = [
+        t for part in (pipeline.transformer, pipeline.conditioner, pipeline.vlm) for t in part.state_dict().values()
+    ]
     counter = SavedTensors([*known, *pipeline.transformer.buffers(), *pipeline.vlm.buffers()])
     with counter.hooks(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         module.flow_matching_loss(batch)
@@ -127,7 +127,9 @@ def test_bytes_of_states_are_exact(name: str, tmp_path: Path) -> None:
     }
     assert {part: plan.states[part] for part in found} == found
     state = [value for values in trainer.optimizers[0].state.values() for value in values.values()]
-    idle = sum(p.nbytes * (2 if p.dtype == torch.float32 else 6) + 4 for p in learned if p not in trainer.optimizers[0].state)
+    idle = sum(
+        p.nbytes * (2 if p.dtype == torch.float32 else 6) + 4 for p in learned if p not in trainer.optimizers[0].state
+    )
     assert plan.optimiser_bytes == sum(value.nbytes for value in state) + idle
 
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from chains import asked, grpo
 from chains import folder as r1v_folder
 from micro_r1v import part, question_shards
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.chat_datamodule import ChatDataModule
