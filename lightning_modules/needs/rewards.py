@@ -12,6 +12,7 @@ from transformers import T5Config, T5EncoderModel
 
 from data_pipeline.errors import InputError
 from lightning_modules.folders import planned_checkpoint, planned_vlm
+from lightning_modules.needs.images import references_of
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.edit_readers import Tower, TowerReader
 from lightning_modules.networks.flops import (
@@ -44,6 +45,11 @@ class RewardStage(Protocol):
 def reward_needs(run: Run, stage: RewardStage) -> Needs:
     """Of a stage."""
     return vlm_needs(run, stage) if stage.tower is None else tower_needs(run, stage, stage.tower)
+
+
+def edits(run: Run) -> list[str]:
+    """The sets that are trained on: those of edits."""
+    return [name for name in run.ratio if references_of(name)] or list(run.ratio)
 
 
 def vlm_needs(run: Run, stage: RewardStage) -> Needs:
@@ -83,7 +89,7 @@ def vlm_needs(run: Run, stage: RewardStage) -> Needs:
     parts = tuple(Part(name, tuple(part.parameters())) for name, part in named.items())
     said = [f"instructions of {TEXT} tokens and {PICTURES} pictures are assumed"]
     said += [f"{folder} is not here: Qwen2.5-VL-7B's sizes are assumed"] if assumed else []
-    return Needs(parts, {name: load for name in run.ratio}, assumed=tuple(said))
+    return Needs(parts, dict.fromkeys(edits(run), load), assumed=tuple(said))
 
 
 def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
@@ -111,7 +117,7 @@ def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
         Part("text encoder", tuple(encoder.parameters())),
         Part("head", tuple(head.parameters())),
     )
-    return Needs(parts, {name: load for name in run.ratio})
+    return Needs(parts, dict.fromkeys(edits(run), load))
 
 
 def counted(reader: TowerReader, inputs: Any) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from chains import folder as r1v_folder
 from micro import built, built_vlm, micro_folder, micro_metaquery
-from micro_r1v import part
+from micro_r1v import part as r1v_part
 
 from lightning_modules import preflight
 from lightning_modules.preflight import Finding
@@ -81,7 +81,7 @@ def test_a_line_of_the_report() -> None:
 
 def test_folders_of_every_kind_are_checked(tmp_path: Path) -> None:
     metaquery = str(micro_metaquery(tmp_path / "metaquery"))
-    tower, reasoner = str(part("tower")), str(part("reasoner"))
+    tower, reasoner = str(r1v_part("tower")), str(r1v_part("reasoner"))
     good = {metaquery: "conditioner", str(built_vlm()): "vlm", tower: "tower", reasoner: "model", r1v_folder(): "r1v"}
     good |= {"pocket/tower": "tower", str(built()): "pictures"}
     for folder, kind in good.items():
