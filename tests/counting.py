@@ -6,21 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_modules.networks.footprint import fake_weights
 
 
 def counted_flops(network: nn.Module, inputs: Callable[[], dict[str, Any]], backward: bool = True) -> float:
     """Attention is counted as its products, which no kernel computes twice."""
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        fakes: dict[str, Tensor] = {}
-        for name, p in network.named_parameters():
-            fakes[name] = Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-        for name, b in network.named_buffers():
-            fakes[name] = torch.empty(b.shape, dtype=b.dtype)
+        fakes = fake_weights(network)
         found = torch.func.functional_call(network, fakes, kwargs=inputs())
         if backward:
             (found[0] if isinstance(found, tuple) else found).float().square().mean().backward()

@@ -116,7 +116,8 @@ class Outlined:
         vision, projector, language = r1v_outline(tower, words, dtypes, train, recompute)
         step = TextStep(vision, projector, language, 2)
         several = tiles + (tiles > 1)
-        sizes = {**{"num_hidden_layers": len_of(vision), "intermediate_size": inner_of(vision)}, **tower}
+        own = {"num_hidden_layers": len_of(vision), "intermediate_size": inner_of(vision), "hidden_size": vision.width}
+        sizes = {**own, **tower}
         return cls(step, SimpleNamespace(**sizes), language.config, several, train, recompute, run.autocast)
 
     @property

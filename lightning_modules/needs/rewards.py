@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
 from data_pipeline.errors import InputError
@@ -20,7 +19,7 @@ from lightning_modules.networks.flops import (
     language_flops,
     qwen_vision_flops,
 )
-from lightning_modules.networks.footprint import Load, Needs, Part, kept_bytes
+from lightning_modules.networks.footprint import Load, Needs, Part, counted_flops, kept_bytes
 from lightning_modules.networks.loading import read_json
 from lightning_modules.networks.outlines import RatedStep, vlm_outline
 from lightning_modules.networks.published import QWEN25_VL_7B, config_in, dtype_of
@@ -69,7 +68,7 @@ def vlm_needs(run: Run, stage: RewardStage) -> Needs:
         for name, parameter in reader.named_parameters():
             parameter.requires_grad_(not name.startswith(tuple(stage.frozen)))
     if stage.gradient_checkpointing:
-        reader.gradient_checkpointing_enable()
+        reader.activation_checkpointing_enable()
     text, vision = reader.config.get_text_config(), reader.config.vision_config
     patches = round(run.image_size / vision.patch_size / vision.spatial_merge_size) * vision.spatial_merge_size
     tokens = TEXT + PICTURES * patches**2 // vision.spatial_merge_size**2
@@ -96,7 +95,7 @@ def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
     """Of a small tower beside a frozen T5."""
     folder = planned_checkpoint(stage.pretrained) / "text_encoder_3"
     with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**read_json(folder / "config.json")))
+        encoder = T5EncoderModel(T5Config.from_dict(read_json(folder / "config.json")))
         reader = TowerReader(tower, None, encoder)
         head = nn.Linear(reader.width, len(stage.dimensions))
     longest = int(read_json(folder.with_name("tokenizer_3") / "tokenizer_config.json")["model_max_length"])
@@ -109,7 +108,8 @@ def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
     def kept(count: int) -> float:
         return kept_bytes(reader, partial(inputs, count), run.autocast)
 
-    flops = 3 * counted(reader, inputs)
+    texts = counted_flops(encoder, lambda: {"input_ids": torch.zeros(1, longest, dtype=torch.long)})
+    flops = 3 * (counted_flops(reader, partial(inputs, 1)) - texts)
     load = Load(run.batch_size, run.batch_size, flops, kept)
     frozen, every = set(encoder.parameters()), tuple(reader.parameters())
     parts = (
@@ -118,13 +118,3 @@ def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
         Part("head", tuple(head.parameters())),
     )
     return Needs(parts, dict.fromkeys(edits(run), load))
-
-
-def counted(reader: TowerReader, inputs: Any) -> float:
-    """FLOPs of a sample's forward pass on the meta device, without the frozen text encoder."""
-    encoder = reader.encoder
-    with torch.device("meta"), FlopCounterMode(display=False) as every:
-        reader(**inputs(1))
-    with torch.device("meta"), FlopCounterMode(display=False) as texts:
-        encoder(inputs(1)["inputs"]["input_ids"])
-    return float(every.get_total_flops() - texts.get_total_flops())

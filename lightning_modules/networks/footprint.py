@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compute import Compute, cast_weights, recompute_blocks
@@ -171,16 +172,29 @@ def kept_bytes(network: nn.Module, inputs: Callable[[], dict[str, Any]], autocas
         autocast: whether it runs under autocast to bfloat16.
     """
     with FakeTensorMode():
-        fakes: dict[str, Tensor] = {}
-        for name, p in network.named_parameters():
-            fakes[name] = Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-        for name, b in network.named_buffers():
-            fakes[name] = torch.empty(b.shape, dtype=b.dtype)
-        arguments, counter = inputs(), SavedTensors(fakes.values())
+        fakes, arguments = fake_weights(network), inputs()
+        counter = SavedTensors(fakes.values())
         with counter.hooks(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             found = torch.func.functional_call(network, fakes, kwargs=arguments)
             (found[0] if isinstance(found, tuple) else found).float().square().mean()
     return counter.bytes
+
+
+def counted_flops(network: nn.Module, inputs: Callable[[], dict[str, Any]]) -> float:
+    """FLOPs of a forward pass, counted operation by operation, of a network as `kept_bytes` takes it."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(network, fake_weights(network), kwargs=inputs())
+    return float(counter.get_total_flops())
+
+
+def fake_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Fake tensors in place of a network's parameters and buffers, by their names."""
+    fakes: dict[str, Tensor] = {}
+    for name, p in network.named_parameters():
+        fakes[name] = Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+    for name, b in network.named_buffers():
+        fakes[name] = torch.empty(b.shape, dtype=b.dtype)
+    return fakes
 
 
 def image_inputs(config: Any, geometry: Geometry, count: int) -> dict[str, Any]:

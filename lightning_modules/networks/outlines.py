@@ -28,9 +28,9 @@ def vlm_outline(config: Mapping[str, Any], reading: Reading, dtype: torch.dtype,
     """A Qwen2.5-VL from its config.json: frozen, or with adapters that are trained."""
     if config.get("model_type") != QWEN:
         raise CheckpointError(f"the vision-language model is a {config.get('model_type')}; expected {QWEN}")
-    own = {name: value for name, value in config.items() if name not in ("model_type", "dtype", "torch_dtype")}
+    own = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
     with torch.device("meta"), no_init_weights():
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**own)).requires_grad_(False).eval()
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(own)).requires_grad_(False).eval()
         cast_weights(model, dtype)
         if lora is not None:
             add_lora(model, lora, 0)
@@ -149,7 +149,7 @@ def r1v_outline(
     for name, part, dtype in zip(("vision", "projector", "language"), (tower, projector, model), dtypes, strict=True):
         cast_weights(part.requires_grad_(name in train), dtype)
     if recompute:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     model.train(recompute)
     return tower, projector, model
 
