@@ -24,6 +24,7 @@ from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.needs.images import image_needs
+from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute
 from lightning_modules.networks.footprint import Needs, Workload
@@ -101,7 +102,8 @@ class DistillModule(GradientHooks, L.LightningModule):
         super().__init__()
         self.pretrained, self.teachers, self.states, self.optimizer_settings = pretrained, teachers, states, optimizer
         self.steps, self.seed, self.max_sequence_length = steps, seed, max_sequence_length
-        self.compile_blocks, self.compute, self.lora = compile, Compute(), None
+        self.compile_blocks, self.compute = compile, Compute()
+        self.lora: Lora | None = None
         self.evaluations = 0
         self.transformer: Any = None
         self._frozen: dict[str, Any] = {}  # teachers' transformers by folder, in no checkpoint

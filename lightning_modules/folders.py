@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -78,9 +79,8 @@ def is_hub_id(name: str) -> bool:
     >>> is_hub_id("Qwen/Qwen2.5-VL-7B-Instruct"), is_hub_id("weights/Qwen2.5-VL-7B-Instruct"), is_hub_id("a/b/c")
     (True, False, False)
     """
-    path = Path(name)
-    owned = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in {*OWN, ".", ".."}
-    return owned and not path.exists() and not Path(path.parts[0]).is_dir()
+    named = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", name)
+    return bool(named) and named[1] not in OWN and not Path(name).exists() and not Path(named[1]).is_dir()
 
 
 def located(name: str) -> Path:
