@@ -80,7 +80,7 @@ def is_hub_id(name: str) -> bool:
     (True, False, False)
     """
     named = re.fullmatch(r"(\w[\w.-]*)/\w[\w.-]*", name)
-    return bool(named) and named[1] not in OWN and not Path(name).exists() and not Path(named[1]).is_dir()
+    return named is not None and named[1] not in OWN and not Path(name).exists() and not Path(named[1]).is_dir()
 
 
 def located(name: str) -> Path:
