@@ -32,9 +32,10 @@ from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.light_head import keep_blocks
 from lightning_modules.networks.loading import check_state, read_json
 from lightning_modules.networks.vlm import Reading
-from lightning_modules.pipelines import MetaqueryPipeline
+from lightning_modules.pipelines import KontextPipeline, MetaqueryPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.metaquery import Querying, querying_of, require_conditioner, vlm_of
+from lightning_modules.pipelines.prompts import PromptCache
 from lightning_modules.pipelines.queries import QueryCache
 from lightning_modules.planning import Run
 from lightning_modules.samplers import path
@@ -54,6 +55,8 @@ class Connector:
         inner: of its feed-forward layers.
         layers: how many.
         heads: of its attention.
+        query_norm: 2-norm that queries start at, about; a small language model heeds them more at that of its own
+            embeddings.
     """
 
     num_queries: int = 256
@@ -61,10 +64,13 @@ class Connector:
     inner: int = 8960
     layers: int = 24
     heads: int = 24
+    query_norm: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.num_queries, self.width, self.inner, self.heads) < 1 or self.layers < 0:
             raise InputError(f"connector: sizes are whole numbers of at least 1 (layers of 0), got {self}")
+        if not self.query_norm > 0:
+            raise InputError(f"connector: query_norm is above 0, got {self.query_norm:g}")
 
 
 class ConnectorModule(GradientHooks, L.LightningModule):
@@ -86,6 +92,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         timesteps: the distribution of sigma.
         dropout: probabilities of dropping conditions; an edit without its instruction keeps its pictures.
         task_weights: loss weight of each task's samples.
+        target: the velocity to learn: that of the data, or what the frozen transformer predicts from its own text
+            encoders' embeddings, which is free of the noise that one picture of many carries.
         reconstruction: share of edits that learn to give back what they are shown, against a balance between picture
             and text that neglects one of them (MENTOR, arXiv 2507.09574).
         light_head: blocks of the transformer that are kept, so that the connector first learns beside a light head
@@ -113,6 +121,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         timesteps: Timesteps = Timesteps(),  # noqa: B008
         dropout: Dropout = Dropout(),  # noqa: B008
         task_weights: dict[str, float] | None = None,
+        target: Literal["data", "text"] = "data",
         reconstruction: float = 0.0,
         light_head: int | None = None,
         vlm_lora: Lora | None = None,
@@ -128,17 +137,21 @@ class ConnectorModule(GradientHooks, L.LightningModule):
             raise InputError(f"reconstruction is a share from 0 to 1, got {reconstruction:g}")
         if feature_cache is not None and vlm_lora is not None:
             raise InputError("feature_cache keeps what a frozen VLM read; leave it out, or vlm_lora")
+        if target == "text" and (light_head is not None or "transformer" in train):
+            raise InputError("target: text takes a whole, frozen transformer as the teacher; train the connector alone")
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.vlm, self.conditioner_folder, self.connector = pretrained, vlm, conditioner, connector
         self.parts, self.reference, self.reading = list(train), reference, reading
         self.steps, self.seed, self.optimizer_settings = steps, seed, optimizer
         self.timesteps, self.dropout, self.task_weights = timesteps, dropout, task_weights or {}
+        self.target = target
         self.reconstruction, self.light_head, self.vlm_lora = reconstruction, light_head, vlm_lora
         self.feature_cache, self.compile_blocks, self.compute = feature_cache, compile, compute
         self.evaluations = 0
         self.transformer: Any = None
         self.conditioner: Any = None
         self._prefix_tokens = 0.0
+        self._texts: PromptCache | None = None  # embeddings of the transformer's own text encoders, for the target
 
     def prepare_data(self) -> None:
         """Builds pocket folders that are asked for and missing (rank 0)."""
@@ -153,6 +166,12 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         self._encoder = LatentEncoder(self._pipeline.vae)
         self._queries = QueryCache(self._pipeline, root=self.feature_cache)
         self.transformer, self.conditioner = self._pipeline.transformer, self._pipeline.conditioner
+        if self.target == "text":
+            folder, parts = (
+                checkpoint_folder(self.pretrained),
+                {"transformer": self.transformer, "vae": self._pipeline.vae},
+            )
+            self._texts = PromptCache(KontextPipeline.from_pretrained(folder, **parts))
         if self.light_head is not None:
             keep_blocks(self.transformer, self.light_head)
         self.transformer.requires_grad_("transformer" in self.parts).train()
@@ -192,7 +211,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         sizes = self.connector
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return Conditioner(
+            conditioner = Conditioner(
                 {
                     "hidden_size": sizes.width,
                     "intermediate_size": sizes.inner,
@@ -205,6 +224,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
                 joint_attention_dim=transformer["joint_attention_dim"],
                 fused_layers=len(querying.reading.layers),
             )
+        conditioner.meta_queries.data *= sizes.query_norm
+        return conditioner
 
     def on_fit_start(self) -> None:
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -214,6 +235,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
             attend_in_float32(self.transformer)
         if hasattr(data, "sizes"):
             pipeline.require_sizes(data.size_multiple, data.sizes.values())
+        if self._texts is not None:
+            self._texts.pipeline.to(self.device)
 
     def on_train_start(self) -> None:
         """Compiles for the shapes of each task, so that the first steps need not."""
@@ -247,7 +270,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         loss = self.flow_matching_loss(batch)
-        self.evaluations += self.passes * len(batch)
+        self.evaluations += (self.passes + (self._texts is not None)) * len(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log(f"train/loss_{batch.task}", loss, batch_size=len(batch))
         return loss
@@ -258,22 +281,41 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         self.log(f"val/loss_{batch.task}", loss, batch_size=len(batch), sync_dist=True, add_dataloader_idx=False)
 
     def flow_matching_loss(self, batch: ImageBatch) -> Tensor:
-        """Rectified flow: regress v = eps - x0 at x_sigma, given clean references and what the queries brought back."""
+        """Rectified flow: regress the velocity, given clean references and what the queries brought back."""
         batch = self.prepared(batch)
         x0, references = self.encode(batch)
-        sequence, pooled = self.embed(batch)
         noise = self.draw(torch.randn, tuple(x0.shape[1:]), "noise", batch)
         sigma = self.timesteps.sigma(self.draw(torch.rand, (), "sigma", batch), batch.tasks)
-        v = self.transformer(
-            hidden_states=path.interpolate(x0, noise, sigma),
+        x = path.interpolate(x0, noise, sigma)
+        v = self.velocity(x, sigma, references, *self.embed(batch))
+        target = path.velocity(x0, noise) if self._texts is None else self.own_velocity(x, sigma, batch, self._texts)
+        weight = sigma.new_tensor([self.task_weights.get(task, 1.0) for task in batch.tasks])
+        return flow_matching(v, target, weight)
+
+    def velocity(
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, " b"],
+        references: Any,
+        sequence: Float[Tensor, "b n e"],
+        pooled: Float[Tensor, "b p"],
+    ) -> Float[Tensor, "b c h w"]:
+        """The transformer's v under these conditions."""
+        return self.transformer(
+            hidden_states=x,
             ref_hidden_states=references,
             encoder_hidden_states=sequence,
             pooled_projections=pooled,
             timestep=1000 * sigma,
             return_dict=False,
         )[0]
-        weight = sigma.new_tensor([self.task_weights.get(task, 1.0) for task in batch.tasks])
-        return flow_matching(v, path.velocity(x0, noise), weight)
+
+    @torch.no_grad()
+    def own_velocity(
+        self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], batch: ImageBatch, texts: PromptCache
+    ) -> Float[Tensor, "b c h w"]:
+        """The transformer's v from its own text encoders, all references shown to it."""
+        return self.velocity(x, sigma, self._encoder.references(batch, self.seed), *texts(batch.prompts))
 
     def draw(self, sampler: Any, shape: tuple[int, ...], purpose: str, batch: ImageBatch) -> Float[Tensor, "b ..."]:
         """One fp32 draw per sample, a function of (seed, purpose, epoch, sample id) alone."""
@@ -333,6 +375,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         config, queries, trained = self.transformer.config, self._pipeline.text_tokens, "connector" in self.parts
         tokens = batch.area(references=self._pipeline.reference != "vlm") / (factor * config.patch_size) ** 2
         each = passes_flops(config, tokens, queries, float(self.passes), float(self.passes == 2))
+        if self._texts is not None:
+            each += passes_flops(config, tokens, self._texts.pipeline.text_tokens, 1.0)
         each += (3 if trained else 1) * connector_flops(self.conditioner.config)
         each += (2 if trained else 1) * query_flops(self._pipeline.vlm.text, queries, self._prefix_tokens)
         return len(batch) * each

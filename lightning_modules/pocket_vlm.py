@@ -44,7 +44,7 @@ TEMPLATE = (  # Qwen2.5-VL's, without its system turn
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # How often each kind is asked: those with long answers, and those that need two steps, are learned last.
-WEIGHTS = {"describe": 3, "cell": 1, "count": 1, "presence": 1, "after": 4, "fix": 3, "plan": 2}
+WEIGHTS = {"describe": 3, "cell": 1, "count": 1, "presence": 1, "after": 4, "fix": 3, "plan": 6}
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class VlmRecipe:
     vision_layers: int = 2
     vocabulary: int = 600
     context: int = 256
-    questions: int = 30000
+    questions: int = 45000
     level_2: float = 0.1  # share of questions about scenes of level 2
-    steps: int = 2200
+    steps: int = 3000
     batch: int = 64
     lr: float = 4e-3
 

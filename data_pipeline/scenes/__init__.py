@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_pipeline.records import EditRecord, EncodedImage, TextImageRecord
 from data_pipeline.scenes import free
-from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, describe, draw_scene, meaning
+from data_pipeline.scenes.captions import TASK_WEIGHTS, Caption, meaning, random_caption
 from data_pipeline.scenes.edits import Edit, random_edit
 from data_pipeline.scenes.free import edits as free_edits
 from data_pipeline.scenes.free.world import Canvas
@@ -27,18 +27,6 @@ def encode_png(scene: Scene | Canvas) -> EncodedImage:
     picture = render(scene) if isinstance(scene, Scene) else free.world.render(scene)
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return EncodedImage(buffer.getvalue(), "png")
-
-
-def random_caption(
-    rng: random.Random, level: int, split: str, weights: Mapping[str, float] | None = None
-) -> tuple[Scene, Caption]:
-    """A scene of `split` and its caption; the task is drawn by weight (the single-object tasks only in "train")."""
-    weights = weights or TASK_WEIGHTS[split]
-    task = rng.choices(list(weights), list(weights.values()))[0]
-    while True:
-        scene = draw_scene(rng, level, task)
-        if scene.split == split:
-            return scene, describe(rng, scene, task)
 
 
 def text_image_record(

@@ -123,6 +123,18 @@ def draw_scene(rng: random.Random, level: int, task: str) -> Scene:
     return random_scene(rng, level, rng.randint(2, most))
 
 
+def random_caption(
+    rng: random.Random, level: int, split: str, weights: Mapping[str, float] | None = None
+) -> tuple[Scene, Caption]:
+    """A scene of `split` and its caption; the task is drawn by weight (the single-object tasks only in "train")."""
+    weights = weights or TASK_WEIGHTS[split]
+    task = rng.choices(list(weights), list(weights.values()))[0]
+    while True:
+        scene = draw_scene(rng, level, task)
+        if scene.split == split:
+            return scene, describe(rng, scene, task)
+
+
 def describe(rng: random.Random, scene: Scene, task: str) -> Caption:
     """One of several phrasings of a scene drawn for the task."""
     world = LEVELS[scene.level]

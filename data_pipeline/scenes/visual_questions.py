@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_pipeline.scenes.captions import NUMBERS, Clause, describe, noun
+from data_pipeline.scenes.captions import NUMBERS, Caption, Clause, describe, noun, random_caption
 from data_pipeline.scenes.edits import Edit, phrase, random_edit
 from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, Object, Scene, random_scene
 
@@ -32,6 +32,25 @@ def listing(scene: Scene) -> str:
     names = LEVELS[scene.level].cell_names
     found = ", ".join(f"{names[o.cell]} {phrase(o, scene.level, article=False)}" for o in scene.objects) or NOTHING
     return found if len(LEVELS[scene.level].backgrounds) == 1 else f"{found} on {scene.background}"
+
+
+def wanted(caption: Caption, level: int) -> str:
+    """What a caption asks for, object by object as `listing` has them, but for what it leaves open.
+
+    >>> clauses = (Clause(1, "circle", "red"), Clause(2, "cross"))
+    >>> wanted(Caption("a red circle and two crosses", "counting", clauses), 1)
+    'red circle, cross, cross'
+    """
+    names, clauses = LEVELS[level].cell_names, caption.clauses
+    if caption.task == "position" and caption.relation is None:
+        clauses = tuple(sorted(clauses, key=lambda clause: clause.cell or 0))
+    words = [
+        " ".join(filter(None, ["" if c.cell is None else names[c.cell], c.size, c.colour, c.shape]))
+        for c in clauses
+        for _ in range(c.count)
+    ]
+    found = f" {caption.relation} ".join(words) if caption.relation else ", ".join(words)
+    return f"{found} on {caption.background}" if caption.background else found
 
 
 def asks_for_everything(rng: random.Random, scene: Scene) -> tuple[str, str]:
@@ -118,7 +137,8 @@ def random_question(rng: random.Random, level: int, split: str, kind: str) -> Qu
 
     "after": what a picture will show once an instruction is done. "fix": the instruction that makes it fit a caption.
     "plan": the places of what a caption names, without a picture. Half of these questions about training scenes are
-    worded as a Metaquery model is asked to edit and to generate, which a VLM of the full size understands by itself.
+    worded as a Metaquery model is asked to edit and to generate, of any caption, which a VLM of the full size
+    understands by itself.
     """
     if kind in ("after", "fix"):
         edit = random_edit(rng, level, split)
@@ -127,14 +147,16 @@ def random_question(rng: random.Random, level: int, split: str, kind: str) -> Qu
             return Question(kind, f"{asked}{edit.instruction}", listing(edit.target), edit.source)
         caption = placed(rng, edit.target) if rng.random() < 0.5 else listing(edit.target)
         return Question(kind, change(caption), instruction(edit), edit.source)
+    if kind == "plan" and split == "train" and rng.random() < 0.5:
+        _, drawn = random_caption(rng, level, split)
+        return Question(kind, f"Generate an image: {drawn.text}", wanted(drawn, level), None)
     while True:
         scene = random_scene(rng, level, rng.randint(1, LEVELS[level].max_objects))
         if scene.split == split:
             break
     if kind != "plan":
         return ask(rng, scene, kind)
-    asked = "Generate an image:" if split == "train" and rng.random() < 0.5 else "Where is what?"
-    return Question(kind, f"{asked} {placed(rng, scene)}", listing(scene), None)
+    return Question(kind, f"Where is what? {placed(rng, scene)}", listing(scene), None)
 
 
 def placed(rng: random.Random, scene: Scene) -> str:

@@ -7,10 +7,19 @@ import random
 import pytest
 
 from data_pipeline.scenes import visual_questions
-from data_pipeline.scenes.captions import NUMBERS
+from data_pipeline.scenes.captions import NUMBERS, TASKS, random_caption
 from data_pipeline.scenes.edits import random_edit
-from data_pipeline.scenes.visual_questions import ABOUT, KINDS, NOTHING, Question, ask, listing, random_question
-from data_pipeline.scenes.world import LEVELS, Object, Scene, parse
+from data_pipeline.scenes.visual_questions import (
+    ABOUT,
+    KINDS,
+    NOTHING,
+    Question,
+    ask,
+    listing,
+    random_question,
+    wanted,
+)
+from data_pipeline.scenes.world import COLOURS, LEVELS, SHAPES, Object, Scene, parse
 
 SCENE = Scene(1, (Object(0, "red", "circle"), Object(3, "red", "square")))
 
@@ -37,6 +46,26 @@ def test_every_kind_is_of_its_split(level: int, split: str) -> None:
         found = random_question(rng, level, split, kind)
         assert found.kind == kind and found.answer
         assert found.scene is None if kind == "plan" else found.scene.split == split
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_a_placed_caption_wants_is_its_scene(level: int) -> None:
+    rng = random.Random(2)
+    for _ in range(100):
+        scene, caption = random_caption(rng, level, "train", {"position": 1})
+        if caption.relation is None:
+            assert wanted(caption, level) == listing(scene)
+        else:
+            assert f" {caption.relation} " in wanted(caption, level)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_a_caption_wants_names_every_object(task: str) -> None:
+    scene, caption = random_caption(random.Random(task), 1, "train", {task: 1})
+    words = wanted(caption, 1).replace(",", "").split()
+    assert sorted(w for w in words if w in SHAPES) == sorted(o.shape for o in scene.objects)
+    if task in ("color_attr", "colors", "position"):
+        assert sorted(w for w in words if w in COLOURS) == sorted(o.colour for o in scene.objects)
 
 
 def done(source: Scene, instruction: str) -> Scene:

@@ -146,11 +146,26 @@ def test_adapters_in_the_vlm_learn_and_reach_the_export(folder: str, tmp_path: P
     torch.testing.assert_close(found.condition(found.read(texts, None)), own.condition(own.read(texts, None)))
 
 
-@pytest.mark.parametrize("train", [["connector"], ["connector", "transformer"]])
-def test_flops_by_hand_equal_counted_ones(train: list[str], folder: str) -> None:
-    module = made(pretrained=folder, vlm=None, train=train)
+@pytest.mark.parametrize("task", ["edit", "text_to_image"])
+def test_with_the_texts_own_conditions_their_velocity_is_met(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = made(target="text")
+    assert module.flow_matching_loss(batch(task)) > 0
+    monkeypatch.setattr(module, "embed", lambda own: module._texts(own.prompts))
+    assert module.flow_matching_loss(batch(task)) == 0
+
+
+COSTS = {
+    "connector": {"train": ["connector"]},
+    "both": {"train": ["connector", "transformer"]},
+    "connector, to what texts give": {"train": ["connector"], "target": "text"},
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_flops_by_hand_equal_counted_ones(name: str) -> None:
+    module = made(**COSTS[name])
     data = batch()
-    module.embed(data)
+    module.flow_matching_loss(data)  # reads the prompts
     with FlopCounterMode(display=False) as counter:
         module.flow_matching_loss(data).backward()
     frozen = FlopCounterMode(display=False)
@@ -198,6 +213,11 @@ def test_equal_seeds_make_equal_connectors() -> None:
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
+def test_queries_start_at_the_norm_that_is_asked_for() -> None:
+    one, long = (made(connector=replace(SIZES, query_norm=n)).conditioner.meta_queries for n in (1.0, 2.5))
+    assert torch.equal(long, 2.5 * one) and 0.5 < one.norm(dim=1).mean() < 1.5
+
+
 def test_fewer_queries_and_more_layers_by_config() -> None:
     module = made(connector=replace(SIZES, num_queries=2), reading=Reading("1d", [-3, -1]))
     assert module.embed(batch())[0].shape == (3, 2, 16)
@@ -214,6 +234,8 @@ MISTAKES = {
     ),
     "no VLM anywhere": ({"vlm": None}, CheckpointError, "no vision-language model at"),
     "no conditioner there": ({"conditioner": "nowhere"}, CheckpointError, "nowhere is no folder"),
+    "a teacher that changes": ({"target": "text", "train": ["transformer"]}, InputError, "frozen transformer"),
+    "queries of no length": ({"connector": {"query_norm": 0.0}}, InputError, "query_norm is above 0"),
     "a task's name": ({"task_weights": {"edt": 1.0}}, InputError, "names edt"),
 }
 
@@ -222,4 +244,4 @@ MISTAKES = {
 def test_a_mistake_is_named(name: str) -> None:
     changes, error, message = MISTAKES[name]
     with pytest.raises(error, match=message):
-        made(**changes)
+        made(**{name: Connector(**value) if name == "connector" else value for name, value in changes.items()})
