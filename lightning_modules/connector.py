@@ -171,7 +171,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
                 checkpoint_folder(self.pretrained),
                 {"transformer": self.transformer, "vae": self._pipeline.vae},
             )
-            self._texts = PromptCache(KontextPipeline.from_pretrained(folder, **parts))
+            self._texts = PromptCache(KontextPipeline.from_pretrained(folder, self.compute.frozen_dtype, **parts))
         if self.light_head is not None:
             keep_blocks(self.transformer, self.light_head)
         self.transformer.requires_grad_("transformer" in self.parts).train()
@@ -383,7 +383,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
 
     def needs(self, run: Run) -> Needs:
         """What a run holds and does, for plan."""
-        return connector_needs(run, self)
+        return connector_needs(run, self, teacher=self.target == "text")
 
     def sources(self) -> dict[str, str]:
         """Folders, and what they must be, for doctor."""

@@ -36,6 +36,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "recomputed": {"train": ["connector", "transformer"], "compute": Compute(recompute=True)},
     "fused layers": {"train": ["connector"], "reading": Reading(layers=[-3, -2, -1])},
     "adapters": {"train": ["connector"], "vlm_lora": Lora(4, 8, ["q_proj", "v_proj"])},
+    "text as the target": {"train": ["connector"], "target": "text"},
     "light head": {"train": ["connector"], "light_head": 1},
 }
 
@@ -75,7 +76,9 @@ def test_full_size_flops_are_the_counted_ones(train: list[Any], name: str) -> No
     assert Plan(config).loads[name].flops == pytest.approx(found, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["stage 1", "stage 3", "transformer alone", "low precision", "fused layers"])
+@pytest.mark.parametrize(
+    "name", ["stage 1", "stage 3", "transformer alone", "low precision", "fused layers", "text as the target"]
+)
 def test_flops_are_those_that_a_run_reports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = made(name)
     module.configure_model()
