@@ -24,7 +24,7 @@ from lightning_modules.networks.footprint import (
     recomputed_share,
     saved_bytes,
 )
-from lightning_modules.networks.loading import read_json
+from lightning_modules.networks.loading import read_json, stored_shapes
 from lightning_modules.networks.published import (
     SD35_CLIP_TOKENS,
     SD35_FACTOR,
@@ -77,7 +77,9 @@ class Pictures:
         return 2 ** (len(read_json(self.folder / "vae" / "config.json")["block_out_channels"]) - 1)
 
     def text_tokens(self, longest: int | None) -> int:
-        """Length of the text sequence: of CLIP's, and of T5's, which may be limited."""
+        """Length of the text sequence: a Metaquery model's queries, or CLIP's tokens and T5's, which may be limited."""
+        if (self.folder / "conditioner").is_dir():
+            return int(read_json(self.folder / "conditioner" / "config.json")["num_queries"])
         clip, t5 = SD35_CLIP_TOKENS, 256
         if (self.folder / "tokenizer").is_dir():
             clip = int(read_json(self.folder / "tokenizer" / "tokenizer_config.json")["model_max_length"])
@@ -125,12 +127,21 @@ def image_parts(folder: Path, transformer: Any, compute: Compute) -> list[Part]:
 def frozen_parts(folder: Path, compute: Compute) -> list[Part]:
     """Text encoders and autoencoder."""
     numbers = frozen_parameters(folder)
-    texts = sum(count for part, count in numbers.items() if part != "vae")
+    texts = sum(count for part, count in numbers.items() if part.startswith("text_encoder"))
     with torch.device("meta"):
         return [
             Part("text encoders", (torch.empty(texts, dtype=compute.frozen_dtype),)),
             Part("autoencoder", (torch.empty(numbers.get("vae", 0)),)),
         ]
+
+
+def metaquery_parts(folder: Path, compute: Compute) -> list[Part]:
+    """Queries, connector and vision-language model of a folder, all of them frozen."""
+    precision = {"conditioner": torch.float32, "vlm": compute.frozen_dtype}
+    shapes = {part: stored_shapes(folder / part) for part in precision if (folder / part).is_dir()}
+    sizes = {part: sum(torch.Size(shape).numel() for shape in found.values()) for part, found in shapes.items()}
+    with torch.device("meta"):
+        return [Part(part, (torch.empty(count, dtype=precision[part]),)) for part, count in sizes.items()]
 
 
 def image_needs(run: Run, stage: ImageStage, others: int = 0) -> Needs:
@@ -149,6 +160,8 @@ def image_needs(run: Run, stage: ImageStage, others: int = 0) -> Needs:
         batch = pictures.batch(name)
         loads[name] = Load(batch, work.together or batch, flops, kept, again=flops * share)
     parts = [*image_parts(folder, transformer, stage.compute), *frozen_parts(folder, stage.compute)]
+    if (folder / "conditioner").is_dir():
+        parts += metaquery_parts(folder, stage.compute)
     if others:
         frozen = outline(pictures.config, Compute(), None, train=False)
         parts.append(Part("other transformers", tuple([*frozen.parameters(), *frozen.buffers()] * others), exported=0))

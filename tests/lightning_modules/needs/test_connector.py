@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import rl
 import torch
 from counting import counted_flops
 from micro import built, built_vlm, micro_metaquery
@@ -166,3 +167,15 @@ def test_an_earlier_conditioner_is_planned_as_it_is(tmp_path: Path) -> None:
     assert sizes["queries and connector"] == sum(p.numel() for p in module.conditioner.parameters())
     absent = Plan(run(ConnectorModule(str(built()), str(built_vlm()), conditioner="runs/none/export")))
     assert any("runs/none/export is not here" in text for text in absent.needs.assumed)
+
+
+def test_reinforcement_of_a_metaquery_model_is_planned(tmp_path: Path) -> None:
+    folder = str(micro_metaquery(tmp_path / "metaquery"))
+    module = rl.made(folder)
+    plan = Plan(run(module))
+    module.configure_model()
+    pipeline = module.pipeline()
+    sizes = {part.name: part.numbers for part in plan.needs.parts}
+    for name, part in (("conditioner", pipeline.conditioner), ("vlm", pipeline.vlm)):
+        assert sizes[name] == sum(p.numel() for p in part.parameters())
+    assert sizes["text encoders"] == 0 and plan.peak > 0
