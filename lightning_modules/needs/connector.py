@@ -109,7 +109,7 @@ class Costs:
         flops = passes_flops(config, tokens, queries, float(stage.passes), float(stage.passes == 2))
         learns = "connector" in stage.parts
         flops += (3 if learns else 1) * connector_flops(step.conditioner.config)
-        flops += (2 if learns or step.reads else 1) * query_flops(step.vlm.text, queries, prefix)
+        flops += (2 if learns or step.reads else 1) * query_flops(step.vlm.text, queries, float(prefix))
         if self.teacher:
             own = self.pictures.text_tokens(None)
             flops += passes_flops(config, float(geometry.tokens(config.patch_size)), own, 1.0)

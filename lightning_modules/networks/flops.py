@@ -65,7 +65,7 @@ def query_flops(config: Any, queries: int, prefix: float) -> float:
 
 def language_flops(config: Any, tokens: int) -> float:
     """FLOPs of one sequence's forward pass through a language model's layers, from its text config."""
-    return query_flops(config, tokens, 0)
+    return query_flops(config, tokens, 0.0)
 
 
 def language_attention_flops(config: Any, tokens: int) -> float:
