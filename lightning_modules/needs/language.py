@@ -56,7 +56,7 @@ def chat_needs(run: Run, stage: ChatStage) -> Needs:
     each = stage.context // length  # conversations of a row
     said.append(f"conversations of {length} tokens are assumed, in memory each as long as the context")
     flops, again = model.trained_flops(stage.context, each)
-    beside = SUPERVISED * run.batch_size * stage.context * model.words.vocab_size
+    beside = float(SUPERVISED * run.batch_size * stage.context * model.words.vocab_size)
     kept = partial(model.kept, stage.context, each, stage.context - 1)
     load = Load(run.batch_size, run.batch_size, flops / each, kept, again / each, beside=beside, tokens=length)
     return Needs(model.parts, {"conversations": load}, assumed=tuple(said))
@@ -78,7 +78,7 @@ def answer_needs(run: Run, stage: AnswerStage) -> Needs:
     weights = sum(p.nbytes for p in model.step.language.parameters())
     streamed = sampling.max_new_tokens * (weights / together + written * model.token_bytes)
     kept = partial(model.kept, stage.context, 1, sampling.max_new_tokens)
-    beside = REINFORCED * sampling.micro_answers * sampling.max_new_tokens * model.words.vocab_size
+    beside = float(REINFORCED * sampling.micro_answers * sampling.max_new_tokens * model.words.vocab_size)
     load = Load(
         run.batch_size, sampling.micro_answers, flops + once * forward, kept, again, streamed, beside, stage.context
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from micro import built, built_vlm, micro_config, tiny_vlm
-from micro_r1v import question_shards
+from micro_r1v import part, question_shards
 
 from lightning_modules import ahead
 from lightning_modules.cli import main, outlined
