@@ -90,6 +90,7 @@ class EditRewardModule(GradientHooks, L.LightningModule):
                 add_lora(reader.model, self.lora, self.seed)
             if self.gradient_checkpointing:
                 reader.model.activation_checkpointing_enable()
+                reader.model.disable_input_require_grads()  # else a backward pass goes through a frozen tower too
         self.regressor = EditRegressor(reader, list(self.dimensions))
 
     def pipeline(self) -> EditRegressor:

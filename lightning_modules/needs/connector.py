@@ -31,7 +31,7 @@ from lightning_modules.networks.footprint import (
 from lightning_modules.networks.loading import read_json
 from lightning_modules.networks.outlines import QueriedStep, conditioner_outline, vlm_outline
 from lightning_modules.networks.published import QWEN25_VL_7B, config_in
-from lightning_modules.networks.vlm import PIXELS_A_TOKEN, Vlm
+from lightning_modules.networks.vlm import PIXELS_A_TOKEN, ROUND, Vlm
 from lightning_modules.pipelines.metaquery import Querying, querying_of
 from lightning_modules.planning import Run
 
@@ -136,7 +136,8 @@ class Costs:
         side = int(self.pictures.run.image_size * vlm.cell / PIXELS_A_TOKEN) // vlm.cell  # tokens of a side
         prefix = TEXT + references * side**2
         patches = side * vision.spatial_merge_size
-        return prefix, language_flops(vlm.text, prefix) + references * qwen_vision_flops(vision, patches, patches)
+        padded = -(-prefix // ROUND) * ROUND
+        return prefix, language_flops(vlm.text, padded) + references * qwen_vision_flops(vision, patches, patches)
 
 
 def known_conditioner(stage: ConnectorStage, folder: Path) -> Path | None:

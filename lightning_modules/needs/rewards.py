@@ -75,7 +75,7 @@ def vlm_needs(run: Run, stage: RewardStage) -> Needs:
     step = RatedStep(reader.language_model.train(stage.gradient_checkpointing))
     forward = language_flops(text, tokens)
     flops = forward * (3 if stage.lora is None else 2) + PICTURES * qwen_vision_flops(vision, patches, patches)
-    flops += 0 if stage.lora is None else language_attention_flops(text, tokens)
+    flops += 0 if stage.lora is None else language_attention_flops(text, tokens) - first_flops(text, tokens)
     with torch.device("meta"):
         head = nn.Linear(text.hidden_size, len(stage.dimensions))
 
@@ -89,6 +89,12 @@ def vlm_needs(run: Run, stage: RewardStage) -> Needs:
     said = [f"instructions of {TEXT} tokens and {PICTURES} pictures are assumed"]
     said += [f"{folder} is not here: Qwen2.5-VL-7B's sizes are assumed"] if assumed else []
     return Needs(parts, dict.fromkeys(edits(run), load), assumed=tuple(said))
+
+
+def first_flops(config: Any, tokens: int) -> float:
+    """FLOPs of one sequence through the first layer's queries, keys and values: no gradient is passed on to tokens."""
+    heads = config.num_key_value_heads / config.num_attention_heads
+    return 2.0 * tokens * config.hidden_size**2 * (1 + 2 * heads)
 
 
 def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
@@ -109,7 +115,7 @@ def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
         return kept_bytes(reader, partial(inputs, count), run.autocast)
 
     texts = counted_flops(encoder, lambda: {"input_ids": torch.zeros(1, longest, dtype=torch.long)})
-    flops = 3 * (counted_flops(reader, partial(inputs, 1)) - texts)
+    flops = 3 * (counted_flops(reader, partial(inputs, 1)) - texts) - stem_flops(reader)
     load = Load(run.batch_size, run.batch_size, flops, kept)
     frozen, every = set(encoder.parameters()), tuple(reader.parameters())
     parts = (
@@ -118,3 +124,9 @@ def tower_needs(run: Run, stage: RewardStage, tower: Tower) -> Needs:
         Part("head", tuple(head.parameters())),
     )
     return Needs(parts, dict.fromkeys(edits(run), load))
+
+
+def stem_flops(reader: TowerReader) -> float:
+    """FLOPs of the tower's first layer, which passes no gradient on to the pictures."""
+    stem = next(layer for layer in reader.vision.modules() if isinstance(layer, nn.Conv2d))
+    return 2.0 * stem.weight.numel() * (reader.settings.image_size // stem.stride[0]) ** 2

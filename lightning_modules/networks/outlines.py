@@ -32,6 +32,7 @@ def vlm_outline(config: Mapping[str, Any], reading: Reading, dtype: torch.dtype,
     with torch.device("meta"), no_init_weights():
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(own)).requires_grad_(False).eval()
         cast_weights(model, dtype)
+        model.tie_weights()  # which the library leaves out where weights are not drawn
         if lora is not None:
             add_lora(model, lora, 0)
     return Vlm(model, SimpleNamespace(chat_template=""), reading)
@@ -148,6 +149,7 @@ def r1v_outline(
         projector = make_projector({"downsample_ratio": 0.5}, tower.width, model.config.hidden_size)
     for name, part, dtype in zip(("vision", "projector", "language"), (tower, projector, model), dtypes, strict=True):
         cast_weights(part.requires_grad_(name in train), dtype)
+    model.tie_weights()  # which the library leaves out where weights are not drawn
     if recompute:
         model.activation_checkpointing_enable()
     model.train(recompute)

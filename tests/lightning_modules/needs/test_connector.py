@@ -97,7 +97,7 @@ def test_flops_to_read_are_the_counted_ones(monkeypatch: pytest.MonkeyPatch) -> 
     module.pipeline().vlm.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module.pipeline().read(batch.prompts[:1], batch.pixels()[:1], 1)
-    assert plan.loads["edit"].again == pytest.approx(counter.get_total_flops(), rel=0.1)  # padded to a length
+    assert plan.loads["edit"].again == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -107,10 +107,11 @@ def test_activations_are_those_that_autograd_saves(name: str, autocast: bool, mo
         pytest.skip("the weights say the precision, or another case is alike")
     module = made(name)
     module.configure_model()
-    count = 8 if name == "adapters" else 3  # so many are read at a time
-    batch = module.latent_encoder().encode_batch(prompts(0, "edit", count))
+    batch = module.latent_encoder().encode_batch(prompts(0, "edit", 3))
     plan = planned(module, batch, monkeypatch, precision="bf16-mixed" if autocast else "32-true")
     pipeline = module.pipeline()
+    prefix = pipeline.vlm.prefix
+    monkeypatch.setattr(pipeline.vlm, "prefix", lambda *own: prefix(*own[:3], 1))  # each is read alone, as on a GPU
     parts = pipeline.transformer, pipeline.conditioner, pipeline.vlm
     counter = SavedTensors([t for part in parts for t in (*part.parameters(), *part.buffers())])
     with counter.hooks(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
