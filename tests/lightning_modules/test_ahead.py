@@ -39,8 +39,8 @@ def changed(config: Path, target: Path, **changes: object) -> Path:
 def test_plan_prints_what_a_run_needs_and_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-c", str(config), "--trainer.max_steps", "100", "--memory_gib", "2"]) == 0
     printed = capsys.readouterr().out
-    for part in ("parameters", "optimiser", "activations, edit x 2", "TFLOP a sample", "100 steps", "a checkpoint"):
-        assert part in printed
+    for text in ("parameters", "optimiser", "activations, edit x 2", "TFLOP a sample", "100 steps", "a checkpoint"):
+        assert text in printed
     assert "fits in 2 GiB" in printed
 
 
