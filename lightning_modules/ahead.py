@@ -16,8 +16,9 @@ from data_pipeline.lint import lint
 from data_pipeline.records import SPELT
 from lightning_modules import planning, preflight
 from lightning_modules.commands import RUNS, overridden, read_config
+from lightning_modules.folders import NotBuilt
 from lightning_modules.networks.loading import CheckpointError
-from lightning_modules.planning import Machine, NotBuilt, Plan
+from lightning_modules.planning import Machine, Plan, Run
 from lightning_modules.preflight import Finding
 
 COMMANDS = ("plan", "doctor")
@@ -64,9 +65,9 @@ def plan(argv: Sequence[str], outline: Outliner) -> int:
     return planning.main(planned(outline(["--config", known.config, *overrides])), machine)
 
 
-def planned(found: Outline) -> planning.Run:
+def planned(found: Outline) -> Run:
     """The numbers of a run."""
-    return planning.of(found.model, found.datamodule, trainer_of(found))
+    return Run.of(found.model, found.datamodule, trainer_of(found))
 
 
 def trainer_of(found: Outline) -> dict[str, Any]:
@@ -92,11 +93,11 @@ def of_run(made: Outline) -> Iterator[Finding]:
     """What a config's run needs."""
     data, trainer = made.datamodule, trainer_of(made)
     yield from preflight.requested_devices(trainer)
-    pretrained = getattr(made.model, "pretrained", None)
-    if pretrained is not None and hasattr(made.model, "workload"):
-        yield from preflight.weights(pretrained)
-    yield from preflight.shards(data.shards)
-    if not hasattr(made.model, "workload"):
+    if hasattr(made.model, "sources"):
+        for source, kind in made.model.sources().items():
+            yield from preflight.weights(source, kind)
+    yield from preflight.shards(folders_of(data))
+    if not hasattr(made.model, "needs"):
         yield from preflight.disk(RUNS, None)
         return
     try:
@@ -110,9 +111,9 @@ def of_run(made: Outline) -> Iterator[Finding]:
 
 def sizes(sized: Plan, data: Any) -> Iterator[Finding]:
     """Resolutions that the model has no tokens or no positions for."""
-    config = sized.transformer.config
-    multiple = config.patch_size * sized.factor
-    limit = config.pos_embed_max_size * multiple
+    multiple, limit = sized.needs.multiple, sized.needs.limit
+    if multiple is None or limit is None:
+        return
     if data.size_multiple % multiple:
         near = -(-data.size_multiple // multiple) * multiple
         yield Finding(
@@ -143,7 +144,7 @@ def wrong(argv: Sequence[str], outline: Outliner) -> Iterator[str]:
     for finding in (*preflight.versions(), *of_run(made)):
         if finding.level == "BAD":
             yield f"{finding.what}: {finding.found}"
-    for folder in (Path(name) for many in made.datamodule.shards.values() for name in many):
+    for folder in map(Path, folders_of(made.datamodule)):
         if folder.is_dir() and any(folder.glob("*.tar")):
             yield from (f"{folder}/{line.translate(SPELT)}" for line in lint(folder))
     bucket = unfitting(made.datamodule)
@@ -151,14 +152,20 @@ def wrong(argv: Sequence[str], outline: Outliner) -> Iterator[str]:
         yield f"data: {bucket}"
 
 
+def folders_of(data: Any) -> list[str]:
+    """Folders of shards, whether a set has a name or none has."""
+    found = data.shards
+    return [name for many in found.values() for name in many] if isinstance(found, dict) else list(found)
+
+
 def unfitting(data: Any) -> str | None:
     """Why no batch can be made of the data, once scene shards are built; None where one can, or scenes are to come."""
-    here = all(Path(name).is_dir() for many in data.shards.values() for name in many)
+    here = all(Path(name).is_dir() for name in folders_of(data))
     if data.scenes or not here:
         return None
     try:
         data.setup("validate")
-        next(data.plans()[0])
+        next(data.plans()[0] if hasattr(data, "plans") else data.plan())
     except InputError as error:
         return str(error)
     return None

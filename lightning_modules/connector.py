@@ -18,13 +18,17 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
+from lightning_modules.folders import checkpoint_folder, vlm_folder
 from lightning_modules.gradients import GradientHooks, Gradients, require_norm_clipping
 from lightning_modules.kontext import Dropout, Timesteps, check_tasks
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.needs.connector import connector_needs
 from lightning_modules.networks import Conditioner
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.compute import Compute, attend_in_float32, cast_weights, float8_blocks, recompute_blocks
 from lightning_modules.networks.flops import connector_flops, passes_flops, query_flops
+from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.light_head import keep_blocks
 from lightning_modules.networks.loading import check_state, read_json
 from lightning_modules.networks.vlm import Reading
@@ -33,8 +37,7 @@ from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.metaquery import Querying, querying_of, require_conditioner, vlm_of
 from lightning_modules.pipelines.prompts import PromptCache
 from lightning_modules.pipelines.queries import QueryCache
-from lightning_modules.pocket import checkpoint_folder
-from lightning_modules.pocket_vlm import vlm_folder
+from lightning_modules.planning import Run
 from lightning_modules.samplers import path
 from lightning_modules.schedule import AdamW, adamw
 
@@ -99,6 +102,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
             it understands changes.
         feature_cache: folder that keeps what the vision-language model read from run to run.
         compile: compile the transformer's blocks (falls back to eager, and says so, without a C++ compiler).
+        compute: precision of transformer and connector, that of the vision-language model (`frozen`), and what of the
+            transformer is computed again to save memory.
     """
 
     def __init__(
@@ -122,6 +127,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         vlm_lora: Lora | None = None,
         feature_cache: str | None = None,
         compile: bool = False,
+        compute: Compute = Compute(),  # noqa: B008
     ) -> None:
         super().__init__()
         check_tasks("task_weights", task_weights or {})
@@ -140,7 +146,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         self.timesteps, self.dropout, self.task_weights = timesteps, dropout, task_weights or {}
         self.target = target
         self.reconstruction, self.light_head, self.vlm_lora = reconstruction, light_head, vlm_lora
-        self.feature_cache, self.compile_blocks = feature_cache, compile
+        self.feature_cache, self.compile_blocks, self.compute = feature_cache, compile, compute
         self.evaluations = 0
         self.transformer: Any = None
         self.conditioner: Any = None
@@ -165,7 +171,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
                 checkpoint_folder(self.pretrained),
                 {"transformer": self.transformer, "vae": self._pipeline.vae},
             )
-            self._texts = PromptCache(KontextPipeline.from_pretrained(folder, **parts))
+            self._texts = PromptCache(KontextPipeline.from_pretrained(folder, self.compute.frozen_dtype, **parts))
         if self.light_head is not None:
             keep_blocks(self.transformer, self.light_head)
         self.transformer.requires_grad_("transformer" in self.parts).train()
@@ -173,12 +179,21 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         if self.vlm_lora is not None:
             add_lora(self._pipeline.vlm.model, self.vlm_lora, self.seed)
             self.language_model = self._pipeline.vlm.model
+        self.computing()
         self.compile_blocks = self.compile_blocks and compile_blocks(self.transformer)
+
+    def computing(self) -> None:
+        """Precision of what is trained and of the frozen transformer, and what is computed again."""
+        for part in (self.transformer, self.conditioner):
+            cast_weights(part, self.compute.weights_dtype)
+        if self.compute.float8:
+            float8_blocks(self.transformer)
+        recompute_blocks(self.transformer, self.compute.recompute)
 
     def assembled(self) -> MetaqueryPipeline:
         """The parts of the folders that are named, and a new conditioner where none is."""
         folder = checkpoint_folder(self.pretrained)
-        known = Path(self.conditioner_folder) if self.conditioner_folder else None
+        known = checkpoint_folder(self.conditioner_folder) if self.conditioner_folder else None
         if known is None and (folder / "conditioner").is_dir():
             known = folder
         if known is not None:
@@ -188,7 +203,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         vlm = vlm_folder(self.vlm) if self.vlm else vlm_of(known or folder, None)
         conditioner = self.new_conditioner(folder, vlm, querying) if known is None else None
         conditioner = conditioner or Conditioner.from_pretrained(known, subfolder="conditioner")
-        return MetaqueryPipeline.assembled(folder, conditioner, vlm, querying)
+        return MetaqueryPipeline.assembled(folder, conditioner, vlm, querying, vlm_dtype=self.compute.frozen_dtype)
 
     def new_conditioner(self, folder: Path, vlm: Path, querying: Querying) -> Conditioner:
         """Drawn from the seed alone, for this transformer and this vision-language model."""
@@ -216,6 +231,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_norm_clipping(self.trainer)
         pipeline = self.pipeline()
+        if self.device.type == "cpu" and "bf" in f"{self.trainer.precision} {self.compute.weights}":
+            attend_in_float32(self.transformer)
         if hasattr(data, "sizes"):
             pipeline.require_sizes(data.size_multiple, data.sizes.values())
         if self._texts is not None:
@@ -363,6 +380,15 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         each += (3 if trained else 1) * connector_flops(self.conditioner.config)
         each += (2 if trained else 1) * query_flops(self._pipeline.vlm.text, queries, self._prefix_tokens)
         return len(batch) * each
+
+    def needs(self, run: Run) -> Needs:
+        """What a run holds and does, for plan."""
+        return connector_needs(run, self, teacher=self.target == "text")
+
+    def sources(self) -> dict[str, str]:
+        """Folders, and what they must be, for doctor."""
+        named = {self.conditioner_folder: "conditioner", self.vlm: "vlm", self.pretrained: "pictures"}
+        return {folder: kind for folder, kind in named.items() if folder is not None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen weights."""

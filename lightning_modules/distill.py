@@ -20,15 +20,20 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import counter_seed, draw
 from data_pipeline.errors import InputError
+from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.needs.images import image_needs
+from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compile import compile_blocks
+from lightning_modules.networks.compute import Compute
+from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
-from lightning_modules.pocket import checkpoint_folder
+from lightning_modules.planning import Run
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.samplers import ode, path, timesteps
 from lightning_modules.schedule import AdamW, adamw
@@ -97,7 +102,8 @@ class DistillModule(GradientHooks, L.LightningModule):
         super().__init__()
         self.pretrained, self.teachers, self.states, self.optimizer_settings = pretrained, teachers, states, optimizer
         self.steps, self.seed, self.max_sequence_length = steps, seed, max_sequence_length
-        self.compile_blocks = compile
+        self.compile_blocks, self.compute = compile, Compute()
+        self.lora: Lora | None = None
         self.evaluations = 0
         self.transformer: Any = None
         self._frozen: dict[str, Any] = {}  # teachers' transformers by folder, in no checkpoint
@@ -116,6 +122,19 @@ class DistillModule(GradientHooks, L.LightningModule):
             self._frozen[folder] = load_frozen(checkpoint_folder(folder), self.transformer)
         if self.compile_blocks:
             self.compile_blocks = all([compile_blocks(each) for each in (self.transformer, *self._frozen.values())])
+
+    def workload(self) -> Workload:
+        """What a sample costs at the most, for plan: the student's way there, its step, and a guided teacher."""
+        way = (self.states.num_inference_steps - 1) / 2 if self.states.source == "student" else 0.0
+        return Workload(way + 3.0 + max(1 + (teacher.guidance_scale != 1) for teacher in self.teachers.values()))
+
+    def needs(self, run: Run) -> Needs:
+        """What a run holds and does, for plan."""
+        return image_needs(run, self, others=len({teacher.folder for teacher in self.teachers.values()}))
+
+    def sources(self) -> dict[str, str]:
+        """Folders, and what they must be, for doctor."""
+        return {self.pretrained: "image", **{teacher.folder: "transformer" for teacher in self.teachers.values()}}
 
     def on_fit_start(self) -> None:
         """Embeds the prompts ahead where the data can name them."""

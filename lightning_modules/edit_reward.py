@@ -16,12 +16,15 @@ from torch.nn import Parameter
 from data_pipeline.batches import ImageBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.agreement import agreement
+from lightning_modules.folders import checkpoint_folder, vlm_folder
 from lightning_modules.gradients import GradientHooks, Gradients
+from lightning_modules.needs.rewards import reward_needs
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.edit_readers import Tower, TowerReader, VlmReader
 from lightning_modules.networks.edit_regressor import EditRegressor
+from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.loading import compare_shapes
-from lightning_modules.pocket import checkpoint_folder
+from lightning_modules.planning import Run
 from lightning_modules.schedule import AdamW, adamw
 
 DIMENSIONS = {"instruction": "judge_instruction", "preservation": "judge_preservation"}
@@ -80,18 +83,27 @@ class EditRewardModule(GradientHooks, L.LightningModule):
         if self.tower is not None:
             reader: Any = TowerReader.drawn(checkpoint_folder(self.pretrained), self.tower, self.seed)
         else:
-            reader = VlmReader.from_pretrained(Path(self.pretrained))
+            reader = VlmReader.from_pretrained(vlm_folder(self.pretrained))
             for name, parameter in reader.model.named_parameters():
                 parameter.requires_grad_(not name.startswith(tuple(self.frozen)))
             if self.lora is not None:
                 add_lora(reader.model, self.lora, self.seed)
             if self.gradient_checkpointing:
                 reader.model.activation_checkpointing_enable()
+                reader.model.disable_input_require_grads()  # else a backward pass goes through a frozen tower too
         self.regressor = EditRegressor(reader, list(self.dimensions))
 
     def pipeline(self) -> EditRegressor:
         """The regressor with the live weights, which is what is exported."""
         return self.regressor
+
+    def needs(self, run: Run) -> Needs:
+        """What a run holds and does, for plan."""
+        return reward_needs(run, self)
+
+    def sources(self) -> dict[str, str]:
+        """Folders, and what they must be, for doctor."""
+        return {self.pretrained: "model" if self.tower is None else "image"}
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""

@@ -17,20 +17,22 @@ from torch.nn import Parameter
 from data_pipeline.batches import TASKS, ImageBatch
 from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
+from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients, require_norm_clipping
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.needs.images import image_needs
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute, attend_in_float32, cast_weights, float8_blocks, recompute_blocks
 from lightning_modules.networks.flops import passes_flops
-from lightning_modules.networks.footprint import Workload
+from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.sharding import full_state, load_sharded
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.prompts import PromptCache
-from lightning_modules.pocket import checkpoint_folder
+from lightning_modules.planning import Run
 from lightning_modules.samplers import path, timesteps
 from lightning_modules.schedule import AdamW, adamw
 
@@ -294,6 +296,14 @@ class KontextModule(GradientHooks, L.LightningModule):
     def workload(self) -> Workload:
         """What a sample costs, for plan."""
         return Workload(float(self.passes))
+
+    def needs(self, run: Run) -> Needs:
+        """What a run holds and does, for plan."""
+        return image_needs(run, self)
+
+    def sources(self) -> dict[str, str]:
+        """Folders, and what they must be, for doctor."""
+        return {self.pretrained: "image"}
 
     def training_flops(self, batch: ImageBatch) -> float:
         """Model FLOPs of one training step on this batch, without the frozen encoders and what is computed again."""

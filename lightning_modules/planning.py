@@ -5,35 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from lightning_modules.networks import footprint
-from lightning_modules.networks.adapters import Lora
-from lightning_modules.networks.compute import Compute
-from lightning_modules.networks.flops import passes_flops
-from lightning_modules.networks.footprint import Geometry, Workload
-from lightning_modules.networks.loading import read_json
-from lightning_modules.pocket import Recipe
+from lightning_modules.networks.footprint import Load, Needs
 from lightning_modules.schedule import AdamW
 
 GIB = 2**30
 
 
 class Planned(Protocol):
-    """What a stage module offers to be planned: its settings, and what a sample costs."""
+    """What a stage module offers to be planned, made and not configured."""
 
-    pretrained: str
-    lora: Lora | None
-    compute: Compute
     optimizer_settings: AdamW
-    max_sequence_length: int | None
 
-    def workload(self) -> Workload:
-        """Made when the module is, before anything is loaded."""
+    def needs(self, run: Any) -> Needs:
+        """What a Run of it holds and does, from settings and the configs of folders alone."""
+
+    def sources(self) -> dict[str, str]:
+        """Folders that it loads, and what each must be (see preflight.weights)."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +36,13 @@ class Machine:
         flops: dense bf16 FLOP/s of a device that matrix products reach.
         utilisation: share of them that training is expected to reach.
         memory: GiB of a device.
+        bandwidth: bytes/s that writing text token by token reads from a device's memory, 70 % of an H200's 4.8 TB/s.
     """
 
     flops: float = 790e12
     utilisation: float = 0.45
     memory: float = 139.0
+    bandwidth: float = 3.4e12
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Run:
     Attributes:
         module: the stage module, made and not configured.
         trainer: settings of the Trainer.
-        image_size: pixels of the longer side; the largest, where it changes.
+        image_size: pixels of the longer side; the largest, where it changes; 0 for conversations.
         ratio: batches of each set in a cycle.
         batch_size, batch_tokens, size_multiple: as the data has them.
         ema: whether an average is kept.
@@ -75,6 +69,19 @@ class Run:
     ema: bool
     keep: int
 
+    @classmethod
+    def of(cls, model: Any, data: Any, trainer: Mapping[str, Any]) -> Self:
+        """A run's numbers from what a config makes. InputError where its module cannot be planned."""
+        if not hasattr(model, "needs"):
+            raise InputError(f"{type(model).__name__} cannot be planned: it has no `needs`, as {__name__}.Planned")
+        callbacks = {name_of(callback): callback for callback in trainer.get("callbacks") or []}
+        keep, ema = getattr(callbacks.get("Checkpoint"), "keep", 2), "EMA" in callbacks
+        if not hasattr(data, "sizes"):  # conversations
+            return cls(model, trainer, 0, {"conversations": 1.0}, data.batch_size, None, 1, ema, keep)
+        ratio = data.ratio or dict.fromkeys(("text_to_image", "edit"), 1.0)
+        sizes = max(data.sizes.values()), ratio, data.batch_size, data.batch_tokens, data.size_multiple
+        return cls(model, trainer, *sizes, ema, keep)
+
     @property
     def devices(self) -> int:
         """Of all nodes; automatic ones count as one a node."""
@@ -89,9 +96,21 @@ class Run:
         return "ShardedStrategy" in str(getattr(strategy, "class_path", None) or type(strategy).__name__)
 
     @property
+    def buckets(self) -> bool:
+        """Whether DDP keeps gradients a second time, in the buckets that it sums."""
+        strategy = self.trainer.get("strategy")
+        settings = getattr(strategy, "init_args", None) or getattr(strategy, "_ddp_kwargs", {})
+        return self.devices > 1 and not self.sharded and not dict(settings).get("gradient_as_bucket_view")
+
+    @property
+    def precision(self) -> str:
+        """The Trainer's."""
+        return str(self.trainer.get("precision") or "32-true")
+
+    @property
     def autocast(self) -> bool:
         """Whether it trains under autocast."""
-        return str(self.trainer.get("precision")) in ("bf16-mixed", "16-mixed")
+        return self.precision in ("bf16-mixed", "16-mixed")
 
     @property
     def accumulation(self) -> int:
@@ -103,139 +122,102 @@ class Plan:
     """Of a run on a machine. Bytes are of one device."""
 
     def __init__(self, run: Run, machine: Machine = Machine()) -> None:
-        self.run, self.machine, module = run, machine, run.module
-        self.folder = planned_folder(module.pretrained)
-        found = footprint.transformer_config(self.folder)
-        self.assumed = found is None
-        self.config = footprint.SD35_MEDIUM if found is None else found
-        self.transformer = footprint.outline(self.config, module.compute, module.lora)
-        self.work = module.workload()
+        self.run, self.machine = run, machine
+        self.needs: Needs = run.module.needs(run)
+        self.loads: Mapping[str, Load] = self.needs.loads
 
     @cached_property
-    def text_tokens(self) -> int:
-        """Length of the text sequence: of CLIP's, and of T5's."""
-        clip, t5 = footprint.SD35_CLIP_TOKENS, 256
-        if (self.folder / "tokenizer").is_dir():
-            clip = int(read_json(self.folder / "tokenizer" / "tokenizer_config.json")["model_max_length"])
-        if (self.folder / "tokenizer_3").is_dir():
-            t5 = min(t5, int(read_json(self.folder / "tokenizer_3" / "tokenizer_config.json")["model_max_length"]))
-        return clip + (self.run.module.max_sequence_length or t5)
+    def trained(self) -> int:
+        """Numbers that the optimiser moves."""
+        return sum(tensor.numel() for part in self.needs.parts for tensor in part.trained)
 
-    @cached_property
-    def factor(self) -> int:
-        """Pixels of a side that are one of a latent's."""
-        if not (self.folder / "vae").is_dir():
-            return footprint.SD35_FACTOR
-        return 2 ** (len(read_json(self.folder / "vae" / "config.json")["block_out_channels"]) - 1)
-
-    @cached_property
-    def samples(self) -> dict[str, Geometry]:
-        """A square sample of each set that is trained on, an edit's with one reference of its size."""
-        side = self.run.image_size // self.factor
-        shape, found = (side, side), {}
-        for name, share in self.run.ratio.items():
-            if share > 0:
-                references = (shape,) * (2 if name == "multi_reference" else "edit" in name or name == "multi_turn")
-                found[name] = Geometry(shape, references, self.text_tokens)
-        return found
-
-    def batch(self, name: str) -> int:
-        """Samples of a set in a device's batch."""
-        if self.run.batch_tokens is None:
-            return self.run.batch_size
-        pictures = 1 + len(self.samples[name].references)
-        return max(1, self.run.batch_tokens * self.run.size_multiple**2 // (pictures * self.run.image_size**2))
-
-    def flops(self, name: str) -> float:
-        """Model FLOPs of a sample: what is computed again does not count."""
-        config = self.transformer.config
-        tokens = float(self.samples[name].tokens(config.patch_size))
-        frozen = 0.0 if self.run.module.lora is None else self.work.backward
-        return passes_flops(config, tokens, self.text_tokens, self.work.evaluations, frozen)
+    def seconds_of(self, name: str) -> float:
+        """A device's, of a sample of a set, expected."""
+        load = self.loads[name]
+        computed = (load.flops + load.again) / (self.machine.flops * self.machine.utilisation)
+        return computed + load.streamed / self.machine.bandwidth
 
     def rate(self, name: str) -> float:
-        """Expected samples/s of a device: what is computed again takes its time, too."""
-        again = self.work.backward * footprint.recomputed_share(
-            self.run.module.compute, self.transformer.config.num_layers
-        )
-        done = self.flops(name) * (1 + again / self.work.evaluations)
-        return self.machine.flops * self.machine.utilisation / done
+        """Expected samples/s of a device."""
+        return 1 / self.seconds_of(name)
 
     @cached_property
     def states(self) -> dict[str, float]:
         """Bytes that are there all the time, by what they are for."""
-        numbers, width = footprint.trained(self.transformer), self.run.module.compute.weights_dtype.itemsize
-        every = sum(p.numel() for p in self.transformer.parameters())
-        positions = sum(b.numel() for b in self.transformer.buffers())
         shards = self.run.devices if self.run.sharded else 1
-        stored = 4 if self.run.sharded else width
-        frozen, text = footprint.frozen_parameters(self.folder), self.run.module.compute.frozen_dtype.itemsize
-        found = {
-            "weights": every * stored / shards,
-            "position table": positions * 4,
-            "gradients": numbers * stored / shards,
+        found: dict[str, float] = {}
+        gradients = 0.0
+        for part in self.needs.parts:
+            spread = shards > 1 and bool(part.trained)
+            found[part.name] = part.numbers * 4 / shards if spread else part.bytes
+            gradients += sum(t.numel() * 4 / shards if spread else t.nbytes for t in part.trained)
+        every = sum(part.bytes for part in self.needs.parts if part.trained)
+        copied = sum(tensor.nbytes for part in self.needs.parts for tensor in part.trained)
+        found |= {
+            "gradients": gradients,
+            "DDP's buckets": gradients if self.run.buckets else 0.0,
             "optimiser": self.optimiser_bytes / shards,
-            "average (EMA)": numbers * 4 / shards if self.run.ema else 0,
-            "other policies": self.work.copies * numbers * width,
-            "gathered block": every / self.transformer.config.num_layers * width * 2 if self.run.sharded else 0,
-            "text encoders": text * sum(n for part, n in frozen.items() if part != "vae"),
-            "autoencoder": 4 * frozen.get("vae", 0),
+            "average (EMA)": self.trained * 4 / shards if self.run.ema else 0,
+            "other policies": self.needs.copies * copied,
+            "gathered block": every / self.needs.blocks * 2 if self.run.sharded else 0,
+            **self.needs.other,
         }
         return {name: size for name, size in found.items() if size}
 
     @cached_property
     def optimiser_bytes(self) -> int:
         """Of AdamW's moments, step counters and float32 masters."""
-        low = self.run.module.compute.weights == "bfloat16" and not self.run.sharded
-        bits = self.run.module.optimizer_settings.bits
-        return sum(moments_bytes(p, bits, low) for p in self.transformer.parameters() if p.requires_grad)
+        bits, sharded = self.run.module.optimizer_settings.bits, self.run.sharded
+        every = (tensor for part in self.needs.parts for tensor in part.trained)
+        return sum(moments_bytes(t, bits, t.itemsize == 2 and not sharded) for t in every)
 
-    def saved(self, name: str) -> float:
-        """Bytes that autograd keeps of a set's batch."""
-        count, geometry = self.work.together or self.batch(name), self.samples[name]
-        one, two = (footprint.saved_bytes(self.transformer, geometry, n, self.run.autocast) for n in (1, 2))
-        return one + (count - 1) * (two - one)  # what grows with the batch, and what does not
+    @cached_property
+    def kept(self) -> dict[str, tuple[float, float]]:
+        """Bytes that autograd keeps of one sample of each set, and of each more."""
+        found = {}
+        for name, load in self.loads.items():
+            one, two = load.kept(1), load.kept(2)
+            found[name] = one, two - one  # what grows with the batch, and what does not
+        return found
 
     @cached_property
     def activations(self) -> dict[str, float]:
-        """`saved` of each set."""
-        return {name: self.saved(name) for name in self.samples}
+        """Bytes that autograd keeps of each set's batch, and those of its loss."""
+        return {
+            name: one + (self.loads[name].together - 1) * more + self.loads[name].beside
+            for name, (one, more) in self.kept.items()
+        }
 
     @property
     def peak(self) -> float:
-        """Bytes at the end of a forward pass of the largest batch."""
-        return sum(self.states.values()) + max(self.activations.values())
+        """Bytes at the end of a forward pass of the largest batch, or of what goes on between if that is more."""
+        return sum(self.states.values()) + max([*self.activations.values(), *self.needs.meanwhile.values()])
 
     @property
     def step_samples(self) -> float:
         """Samples of an optimiser step, of all devices."""
-        shares = sum(self.run.ratio.values())
-        mean = sum(self.batch(name) * self.run.ratio[name] / shares for name in self.samples)
-        return self.work.samples or mean * self.run.devices * self.run.accumulation
+        shares = sum(self.run.ratio[name] for name in self.loads)
+        mean = sum(load.batch * self.run.ratio[name] / shares for name, load in self.loads.items())
+        return self.needs.samples or mean * self.run.devices * self.run.accumulation
 
     @property
     def seconds(self) -> float:
         """Of an optimiser step, expected."""
-        weights = {name: self.batch(name) * self.run.ratio[name] for name in self.samples}
-        each = sum(w / self.rate(name) for name, w in weights.items()) / sum(weights.values())
+        weights = {name: load.batch * self.run.ratio[name] for name, load in self.loads.items()}
+        each = sum(w * self.seconds_of(name) for name, w in weights.items()) / sum(weights.values())
         return each * self.step_samples / self.run.devices
 
     @property
     def checkpoint_bytes(self) -> float:
         """Of a checkpoint on disk: weights, moments, masters and average, without what is constant."""
-        numbers, compute = footprint.trained(self.transformer), self.run.module.compute
-        width = 4 if self.run.sharded else compute.weights_dtype.itemsize
-        return numbers * (width + (4 if self.run.ema else 0)) + self.optimiser_bytes
+        tensors = [tensor for part in self.needs.parts for tensor in part.trained]
+        weights = sum(t.numel() * 4 if self.run.sharded else t.nbytes for t in tensors)
+        return weights + self.trained * (4 if self.run.ema else 0) + self.optimiser_bytes
 
     @property
     def export_bytes(self) -> float:
-        """Of the exported folder: everything, the transformer in float32."""
-        frozen = footprint.frozen_parameters(self.folder)
-        text = self.run.module.compute.frozen_dtype.itemsize
-        tensors = [*self.transformer.parameters(), *self.transformer.buffers()]
-        return 4 * (sum(t.numel() for t in tensors) + frozen.get("vae", 0)) + text * sum(
-            n for part, n in frozen.items() if part != "vae"
-        )
+        """Of the exported folder: everything that the model consists of."""
+        return sum(p.bytes if p.exported is None else p.numbers * p.exported for p in self.needs.parts)
 
     @property
     def disk(self) -> float:
@@ -246,30 +228,42 @@ class Plan:
         """All of it, for people."""
         run, machine = self.run, self.machine
         sharding = "FSDP2" if run.sharded else "DDP" if run.devices > 1 else "one device"
-        yield f"plan for {run.devices} devices ({sharding}), compute {run.module.compute}"
-        if self.assumed:
-            yield f"  {self.folder} is not here: SD3.5-Medium's sizes are assumed"
-        every = sum(p.numel() for p in self.transformer.parameters())
-        yield f"parameters       {every:,}, trained {footprint.trained(self.transformer):,}"
+        yield f"plan for {run.devices} devices ({sharding}), precision {run.precision}"
+        yield from (f"  {text}" for text in self.needs.assumed)
+        parts = [part for part in self.needs.parts if not part.constant]
+        yield f"parameters       {sum(part.numbers for part in parts):,}, trained {self.trained:,}"
+        for part in parts:
+            moved = sum(tensor.numel() for tensor in part.trained)
+            yield f"  {part.name:28}{part.numbers:16,}   {f'trained {moved:,}' if moved else 'frozen'}"
         yield "memory a device, GiB"
         for name, size in self.states.items():
             yield f"  {name:28}{size / GIB:8.2f}"
         for name, size in self.activations.items():
-            count = self.work.together or self.batch(name)
-            yield f"  {f'activations, {name} x {count}':28}{size / GIB:8.2f}"
-        fits = "fits" if self.peak < machine.memory * GIB else "does NOT fit: smaller batches, or compute.recompute"
+            yield f"  {f'activations, {name} x {self.loads[name].together}':28}{size / GIB:8.2f}"
+        for name, size in self.needs.meanwhile.items():
+            yield f"  {name:28}{size / GIB:8.2f}   instead, while nothing is trained"
+        fits = "fits" if self.peak < machine.memory * GIB else "does NOT fit: smaller batches, or recomputation"
         yield f"  {'peak, expected':28}{self.peak / GIB:8.2f}   {fits} in {machine.memory:g} GiB"
-        yield f"speed, expected at {machine.utilisation:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s a device"
-        for name in self.samples:
-            yield f"  {name:16}{self.flops(name) / 1e12:10.2f} TFLOP a sample {self.rate(name):8.2f} samples/s a device"
-        steps = int(run.trainer.get("max_steps") or 0)
-        yield f"  a step           {self.step_samples:g} samples in {self.seconds:.2f} s"
-        hours = steps * self.seconds / 3600
-        yield f"  the run          {steps:,} steps, {steps * self.step_samples:,.0f} samples: {hours:.1f} hours"
+        yield from self.speed()
         yield "disk, GiB"
         yield f"  {'a checkpoint':28}{self.checkpoint_bytes / GIB:8.2f}   {run.keep} stay, one more while it is written"
         yield f"  {'export':28}{self.export_bytes / GIB:8.2f}"
         yield f"  {'all':28}{self.disk / GIB:8.2f}"
+
+    def speed(self) -> Iterator[str]:
+        """How long it takes, for people."""
+        machine = self.machine
+        yield f"speed, expected at {machine.utilisation:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s a device"
+        for name, load in self.loads.items():
+            rate = self.rate(name)
+            tokens = f", {rate * load.tokens:,.0f} tokens/s" if load.tokens else ""
+            text = f"{load.flops / 1e12:10.4g} TFLOP a sample {rate:8.4g} samples/s{tokens} a device"
+            beside = f"; {load.again / 1e12:.4g} TFLOP beside" if load.again else ""
+            yield f"  {name:16}{text}{beside}"
+        steps = int(self.run.trainer.get("max_steps") or 0)
+        yield f"  a step           {self.step_samples:g} samples in {self.seconds:.2f} s"
+        hours = steps * self.seconds / 3600
+        yield f"  the run          {steps:,} steps, {steps * self.step_samples:,.0f} samples: {hours:.1f} hours"
 
 
 def moments_bytes(parameter: Tensor, bits: int, low: bool) -> int:
@@ -284,33 +278,6 @@ def moments_bytes(parameter: Tensor, bits: int, low: bool) -> int:
     return 4 + 2 * (count + 4 * count // 256 + 4 * 256)
 
 
-class NotBuilt(InputError):
-    """The pocket folder, which fit builds itself."""
-
-
-def planned_folder(pretrained: str) -> Path:
-    """The folder of a checkpoint, which is not built and need not be here."""
-    if pretrained != "pocket":
-        return Path(pretrained)
-    folder = Path("pocket", Recipe().name)
-    if not (folder / "model_index.json").is_file():
-        raise NotBuilt(f"{folder} is not built yet; fit does so when it first needs it, in about three minutes")
-    return folder
-
-
-def of(model: Any, data: Any, trainer: Mapping[str, Any]) -> Run:
-    """A run's numbers from what a config makes. InputError where its module cannot be planned."""
-    if not hasattr(model, "workload"):
-        raise InputError(f"plan knows stages that train a Kontext transformer; {type(model).__name__} is none")
-    callbacks = {name_of(callback): callback for callback in trainer.get("callbacks") or []}
-    keep = getattr(callbacks.get("Checkpoint"), "keep", 2)
-    ratio = data.ratio or dict.fromkeys(("text_to_image", "edit"), 1.0)
-    size = max(data.sizes.values())
-    return Run(
-        model, trainer, size, ratio, data.batch_size, data.batch_tokens, data.size_multiple, "EMA" in callbacks, keep
-    )
-
-
 def name_of(callback: Any) -> str:
     """The class of a callback that is made, or described."""
     return str(getattr(callback, "class_path", type(callback).__name__)).rpartition(".")[2]
@@ -319,11 +286,7 @@ def name_of(callback: Any) -> str:
 def largest_batch(plan: Plan) -> dict[str, int]:
     """Samples of each set that fit on a device, by the plan's states."""
     room = plan.machine.memory * GIB - sum(plan.states.values())
-    found = {}
-    for name, geometry in plan.samples.items():
-        one, two = (footprint.saved_bytes(plan.transformer, geometry, n, plan.run.autocast) for n in (1, 2))
-        found[name] = max(0, int((room - one) // (two - one)) + 1)
-    return found
+    return {name: max(0, int((room - one) // more) + 1) for name, (one, more) in plan.kept.items()}
 
 
 def main(run: Run, machine: Machine) -> int:

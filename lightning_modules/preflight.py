@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import AutoencoderKL
 from packaging.version import Version
 
 from data_pipeline.errors import InputError
 from data_pipeline.index import sidecars
+from lightning_modules.folders import is_hub_id, is_pocket_part, located
+from lightning_modules.networks import Conditioner
 from lightning_modules.networks.compile import has_cpp_compiler
+from lightning_modules.networks.conditioner import KNOWN_CLASSES
 from lightning_modules.networks.kontext_transformer import KontextTransformer
-from lightning_modules.networks.loading import CheckpointError, require_parts
-from lightning_modules.pipelines.kontext import part_checks
+from lightning_modules.networks.loading import CheckpointError, check_weights, read_json, require_parts, stored_shapes
+from lightning_modules.networks.outlines import QWEN
+from lightning_modules.networks.vision import INTERN, TIMM
+from lightning_modules.pipelines.kontext import check_scheduler, part_checks
+from lightning_modules.pipelines.metaquery import require_conditioner
 
 Level = Literal["ok", "note", "BAD"]
 
@@ -93,24 +100,60 @@ def requested_devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("BAD", "devices", f"trainer.devices is {devices} and this machine has {count} GPUs; use {remedy}")
 
 
-def weights(pretrained: str) -> Iterator[Finding]:
-    """Each part of a checkpoint folder: whole, safe to load, and of the architecture that is trained."""
-    folder = Path(pretrained)
-    if pretrained == "pocket":
-        yield Finding("ok", "weights", "pocket, which is built when it is first needed")
+def checks_of(folder: Path, kind: str) -> list[Callable[[], object]]:
+    """What is looked at in a folder.
+
+    Args:
+        folder: that is here.
+        kind: what it must be: "image": a checkpoint with text encoders, "pictures": one that needs none, "transformer",
+            "conditioner": a Metaquery model, "model": any of transformers, "vlm": a Qwen2.5-VL, "tower", "r1v".
+    """
+    transformer = partial(KontextTransformer.check, folder / "transformer")
+    match kind:
+        case "image":
+            return [
+                partial(require_parts, folder, ("transformer", "vae", "scheduler")),
+                transformer,
+                *part_checks(folder),
+            ]
+        case "pictures":
+            vae = partial(check_weights, AutoencoderKL, folder / "vae", {"AutoencoderKL"})
+            return [transformer, vae, partial(check_scheduler, folder / "scheduler")]
+        case "transformer":
+            return [transformer]
+        case "conditioner":
+            own = partial(check_weights, Conditioner, folder / "conditioner", KNOWN_CLASSES)
+            return [partial(require_conditioner, folder), own]
+    wanted = {"vlm": {QWEN}, "tower": {TIMM, INTERN}}
+    return [partial(check_model, folder, wanted.get(kind, set()), "llm_config" if kind == "r1v" else None)]
+
+
+def check_model(folder: Path, types: set[str], field: str | None) -> None:
+    """Refuses a folder that is not whole, or of another model than one of these types (any if none) or with a field."""
+    config = read_json(folder / "config.json")
+    if field is not None and field not in config:
+        raise CheckpointError(f"{folder / 'config.json'} has no {field}; expected R1V's released layout")
+    found = config.get("model_type")
+    if types and found not in types and not (TIMM in types and "llm_config" in config):  # a whole R1V has a tower
+        raise CheckpointError(f"{folder / 'config.json'} describes a {found}; expected {' or '.join(sorted(types))}")
+    stored_shapes(folder)
+
+
+def weights(pretrained: str, kind: str = "image") -> Iterator[Finding]:
+    """Each part of a folder: whole, safe to load, and of the architecture that is trained. `kind` as in `checks_of`."""
+    if pretrained == "pocket" or is_pocket_part(pretrained):
+        yield Finding("ok", "weights", f"{pretrained}, which is built when it is first needed")
+        return
+    folder = located(pretrained)
+    if not folder.is_dir() and is_hub_id(pretrained):
+        yield Finding("note", "weights", f"{pretrained} is not downloaded yet; fit does so: hf download {pretrained}")
         return
     if not folder.is_dir():
-        remedy = "download it there (safetensors), or set model.init_args.pretrained"
+        remedy = "download it there (safetensors), train what exports it, or name another in model.init_args"
         yield Finding("BAD", "weights", f"there is no folder {folder}; {remedy}")
         return
     bad = False
-    whole = partial(require_parts, folder, ("transformer", "vae", "scheduler"))
-    checks: list[Callable[[], object]] = [
-        whole,
-        partial(KontextTransformer.check, folder / "transformer"),
-        *part_checks(folder),
-    ]
-    for check in checks:
+    for check in checks_of(folder, kind):
         try:
             check()
         except CheckpointError as error:
@@ -120,18 +163,18 @@ def weights(pretrained: str) -> Iterator[Finding]:
         yield Finding("ok", "weights", f"{folder}, all parts whole")
 
 
-def shards(folders: Mapping[str, list[str]]) -> Iterator[Finding]:
+def shards(folders: Iterable[str]) -> Iterator[Finding]:
     """Folders of shards: there, indexed, and with the files that their indexes name."""
-    for folder in (Path(name) for many in folders.values() for name in many):
+    for folder in map(Path, folders):
         if not folder.is_dir():
             yield Finding("BAD", "shards", f"there is no folder {folder}; python -m data_pipeline build or index it")
             continue
         try:
-            found = sidecars(folder)
+            indexes = sidecars(folder)
         except InputError as error:
             yield Finding("BAD", "shards", str(error))
             continue
-        yield Finding("ok", "shards", f"{folder}: {len(found)} indexes")
+        yield Finding("ok", "shards", f"{folder}: {len(indexes)} indexes")
 
 
 def disk(folder: Path, needed: float | None) -> Iterator[Finding]:

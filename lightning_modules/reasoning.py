@@ -19,13 +19,16 @@ from data_pipeline.chat import Chat, in_batches
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.questions import answer_of
+from lightning_modules.folders import r1v_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.tokens import Normalisation, answer_nll, before_learned, token_weights
+from lightning_modules.needs.language import chat_needs
+from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, Turns, packed
 from lightning_modules.networks.loading import compare_shapes
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
-from lightning_modules.pocket_llm import resolve
+from lightning_modules.planning import Run
 from lightning_modules.rewards.answers import TextReward
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.schedule import AdamW, adamw
@@ -115,8 +118,9 @@ class R1VModule(GradientHooks, L.LightningModule):
         if self.model is not None:
             return
         vision, language, projector = self.folders
+        earlier = None if projector is None else r1v_folder(projector)
         self.model = R1VModel.from_parts(
-            resolve(vision), resolve(language), projector, self.seed, max_dynamic_patch=self.max_tiles
+            r1v_folder(vision), r1v_folder(language), earlier, self.seed, max_dynamic_patch=self.max_tiles
         )
         for name in ("projector", "language", "vision"):
             getattr(self.model, name).requires_grad_(name in self.trained)
@@ -127,6 +131,15 @@ class R1VModule(GradientHooks, L.LightningModule):
     def pipeline(self) -> R1VModel:
         """The model with the live weights, which is what is exported."""
         return self.model
+
+    def needs(self, run: Run) -> Needs:
+        """What a run holds and does, for plan."""
+        return chat_needs(run, self)
+
+    def sources(self) -> dict[str, str]:
+        """Folders, and what they must be, for doctor."""
+        vision, language, projector = self.folders
+        return {vision: "tower", language: "model", **({} if projector is None else {projector: "r1v"})}
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""

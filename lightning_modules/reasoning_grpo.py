@@ -18,14 +18,17 @@ from data_pipeline.chains import split
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
+from lightning_modules.folders import r1v_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.token_policy import entropy, log_probs
+from lightning_modules.needs.language import answer_needs
+from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.layout import Layout, LayoutError, Sample
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines.answering import Decoding, Engine
-from lightning_modules.pocket_llm import resolve
+from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
 from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, Totals
@@ -105,7 +108,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         """Loads the folder; called again it does nothing."""
         if self.model is not None:
             return
-        self.model = R1VModel.from_folder(resolve(self.pretrained))
+        self.model = R1VModel.from_folder(r1v_folder(self.pretrained))
         for name in ("projector", "language", "vision"):
             getattr(self.model, name).requires_grad_(name in self.train_parts)
         if self.recompute:
@@ -126,6 +129,14 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
     def pipeline(self) -> R1VModel:
         """The model with the live weights, which is what is exported."""
         return self.model
+
+    def needs(self, run: Run) -> Needs:
+        """What a run holds and does, for plan."""
+        return answer_needs(run, self)
+
+    def sources(self) -> dict[str, str]:
+        """Folders, and what they must be, for doctor."""
+        return {self.pretrained: "r1v"}
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""

@@ -20,20 +20,22 @@ from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import counter_seed, draw
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.pictures import dashboard
+from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.needs.images import image_needs
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute, Precision, recompute_blocks
-from lightning_modules.networks.footprint import Workload
+from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.opening import connected, open_folder, prompts_of, reads_pictures
-from lightning_modules.pocket import checkpoint_folder
+from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted, of_task, score
 from lightning_modules.rollouts import collect
@@ -182,6 +184,14 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         passes = cost.to_sample + cost.to_train - backward * bool(self.compute.recompute)
         together = settings.micro_groups * settings.group_size * cost.branches
         return Workload(float(passes), float(backward), together, cost.copies, settings.groups * settings.group_size)
+
+    def needs(self, run: Run) -> Needs:
+        """What a run holds and does, for plan."""
+        return image_needs(run, self)
+
+    def sources(self) -> dict[str, str]:
+        """Folders, and what they must be, for doctor."""
+        return {self.pretrained: "image"}
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         found = self.collect(batch)

@@ -61,3 +61,46 @@ def query_flops(config: Any, queries: int, prefix: float) -> float:
     linear = queries * (2 * width**2 + 2 * heads * width**2 + 3 * width * config.intermediate_size)
     attention = 2 * queries * (prefix + queries) * width
     return 2 * config.num_hidden_layers * (linear + attention)
+
+
+def language_flops(config: Any, tokens: int) -> float:
+    """FLOPs of one sequence's forward pass through a language model's layers, from its text config."""
+    return query_flops(config, tokens, 0.0)
+
+
+def language_attention_flops(config: Any, tokens: int) -> float:
+    """FLOPs of one sequence's products of queries, keys and values in a language model's forward pass."""
+    return 4.0 * config.num_hidden_layers * tokens**2 * config.hidden_size
+
+
+def tower_flops(config: Any, patches: int, beside: int = 1) -> float:
+    """FLOPs of one tile's forward pass through a ViT of R1V: `hidden_size` wide, from its vision config.
+
+    Args:
+        config: with `num_hidden_layers`, `hidden_size`, `intermediate_size` and `patch_size`.
+        patches: of a tile.
+        beside: tokens that are no patches.
+    """
+    width, tokens = config.hidden_size, patches + beside
+    layer = tokens * (4 * width**2 + 2 * width * config.intermediate_size) + 2 * tokens**2 * width
+    return 2.0 * (config.num_hidden_layers * layer + patches * 3 * config.patch_size**2 * width)
+
+
+def qwen_vision_flops(config: Any, rows: int, columns: int) -> float:
+    """FLOPs of one picture's forward pass through Qwen2.5-VL's vision tower: most layers attend within windows.
+
+    Args:
+        config: the vision config.
+        rows, columns: of patches.
+    """
+    width, patches, merge = config.hidden_size, rows * columns, config.spatial_merge_size
+    side = config.window_size // config.patch_size  # patches of a window
+    spans = [[min(side, n - at) for at in range(0, n, side)] for n in (rows, columns)]
+    windowed = sum((height * breadth) ** 2 for height in spans[0] for breadth in spans[1])
+    full = len(config.fullatt_block_indexes)
+    attention = 2 * width * (full * patches**2 + (config.depth - full) * windowed)
+    linear = config.depth * patches * (4 * width**2 + 3 * width * config.intermediate_size)
+    inputs = patches * config.in_channels * config.temporal_patch_size * config.patch_size**2 * width
+    joined = width * merge**2
+    merger = patches // merge**2 * (joined**2 + joined * config.out_hidden_size)
+    return 2.0 * (attention + linear + inputs + merger)

@@ -1,4 +1,4 @@
-"""What a transformer needs, without allocating it: parameters, bytes, and what its forward pass keeps.
+"""What networks need, without allocating them: parameters, bytes, and what a forward pass keeps.
 
 Models are made on the meta device. What autograd keeps is counted by running a forward pass on fake tensors, which have
 shapes and no data, so that every choice of precision, adapters and recomputation is counted as it is.
@@ -6,39 +6,20 @@ shapes and no data, so that every choice of precision, adapters and recomputatio
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compute import Compute, cast_weights, recompute_blocks
 from lightning_modules.networks.kontext_transformer import KontextTransformer
-from lightning_modules.networks.loading import read_json, stored_files
-
-# SD3.5-Medium's configs (arXiv 2403.03206 and the released checkpoint), for planning without the weights at hand.
-SD35_MEDIUM: dict[str, Any] = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "in_channels": 16,
-    "out_channels": 16,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-SD35_FROZEN = {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840}
-SD35_FROZEN |= {"text_encoder_3": 4_762_310_656}
-SD35_CLIP_TOKENS, SD35_FACTOR = 77, 8
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,91 @@ class Workload:
     samples: int | None = None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Weights that a device holds.
+
+    Attributes:
+        name: what they are.
+        tensors: on the meta device; those that require gradients are trained.
+        constant: no parameters, and in no checkpoint.
+        exported: bytes of a number in the export; None writes them as they are.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    constant: bool = False
+    exported: int | None = None
+
+    @property
+    def numbers(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        """Those that the optimiser moves."""
+        return tuple(tensor for tensor in self.tensors if tensor.requires_grad)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the samples of a set cost.
+
+    Attributes:
+        batch: samples of a device's batch.
+        together: samples whose activations are kept at a time.
+        flops: model FLOPs of a sample.
+        kept: bytes that autograd keeps of so many samples.
+        again: FLOPs of a sample that are no model's: activations computed again, and what frozen networks read.
+        streamed: bytes of weights and keys that writing token by token reads from memory, of a sample.
+        beside: bytes of the loss's own, beside what is kept, of `together` samples.
+        tokens: of a sample, where it is a text.
+    """
+
+    batch: int
+    together: int
+    flops: float
+    kept: Callable[[int], float]
+    again: float = 0.0
+    streamed: float = 0.0
+    beside: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run of a stage holds and does, on the meta device.
+
+    Attributes:
+        parts: weights.
+        loads: cost of each set's samples, by its name.
+        copies: other weights of what is trained, held beside.
+        samples: of an optimiser step on all devices; None where they are devices x batch x accumulation.
+        blocks: that a sharded network is gathered by.
+        other: bytes beside weights and activations, by what they are for.
+        meanwhile: bytes that are held while nothing is trained, by what they are for.
+        assumed: what was taken for granted.
+        multiple, limit: of pictures' sides, in pixels; None where any will do.
+    """
+
+    parts: tuple[Part, ...]
+    loads: Mapping[str, Load]
+    copies: int = 0
+    samples: int | None = None
+    blocks: int = 1
+    other: Mapping[str, float] = field(default_factory=dict)
+    meanwhile: Mapping[str, float] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
+    multiple: int | None = None
+    limit: int | None = None
+
+
 def recomputed_share(compute: Compute, layers: int) -> float:
     """The share of a forward pass that is computed again in a backward pass; next to nothing for "cheap"."""
     if compute.recompute == "cheap":
@@ -80,11 +146,11 @@ def recomputed_share(compute: Compute, layers: int) -> float:
     return 1.0 if compute.recompute is True else int(compute.recompute) / layers
 
 
-def outline(config: dict[str, Any], compute: Compute, lora: Lora | None) -> KontextTransformer:
-    """The transformer as a run trains it, on the meta device."""
+def outline(config: Mapping[str, Any], compute: Compute, lora: Lora | None, train: bool = True) -> KontextTransformer:
+    """The transformer as a run trains it, or holds it frozen, on the meta device."""
     with torch.device("meta"):
         transformer = KontextTransformer.from_config({**config, "_class_name": KontextTransformer.__name__})
-        transformer.requires_grad_(True).train()
+        transformer.requires_grad_(train).train()
         if lora is not None:
             add_lora(transformer, lora, 0)
         cast_weights(transformer, compute.weights_dtype)
@@ -97,34 +163,59 @@ def trained(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def saved_bytes(transformer: KontextTransformer, geometry: Geometry, count: int, autocast: bool) -> int:
-    """Bytes that autograd keeps between forward and backward pass of `count` samples, parameters excluded.
+def kept_bytes(network: nn.Module, inputs: Callable[[], dict[str, Any]], autocast: bool) -> int:
+    """Bytes that autograd keeps between forward and backward pass, parameters excluded.
 
     Args:
-        transformer: of `outline`.
-        geometry: of each sample.
-        count: samples of the batch.
+        network: on the meta device; gives a tensor, or a tuple that begins with one.
+        inputs: makes its arguments, which are fake ones here.
         autocast: whether it runs under autocast to bfloat16.
     """
-    config, mode = transformer.config, FakeTensorMode()
-    with mode:
-        fakes: dict[str, Tensor] = {}
-        for name, p in transformer.named_parameters():
-            fakes[name] = Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-        for name, b in transformer.named_buffers():
-            fakes[name] = torch.empty(b.shape, dtype=b.dtype)
-        latents = [torch.empty(count, config.in_channels, *size) for size in (geometry.target, *geometry.references)]
-        text = torch.empty(count, geometry.text, config.joint_attention_dim)
-        inputs: dict[str, Any] = {"hidden_states": latents[0], "encoder_hidden_states": text}
-        inputs |= {"pooled_projections": torch.empty(count, config.pooled_projection_dim)}
-        inputs |= {"timestep": torch.empty(count)}
-        if len(latents) > 1:
-            inputs["ref_hidden_states"] = [[latent[i] for latent in latents[1:]] for i in range(count)]
+    with FakeTensorMode():
+        fakes, arguments = fake_weights(network), inputs()
         counter = SavedTensors(fakes.values())
         with counter.hooks(), torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            velocity = torch.func.functional_call(transformer, fakes, kwargs=inputs).sample
-            velocity.float().square().mean()
+            found = torch.func.functional_call(network, fakes, kwargs=arguments)
+            (found[0] if isinstance(found, tuple) else found).float().square().mean()
     return counter.bytes
+
+
+def counted_flops(network: nn.Module, inputs: Callable[[], dict[str, Any]]) -> float:
+    """FLOPs of a forward pass, counted operation by operation, of a network as `kept_bytes` takes it."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(network, fake_weights(network), kwargs=inputs())
+    return float(counter.get_total_flops())
+
+
+def fake_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Fake tensors in place of a network's parameters and buffers, by their names."""
+    fakes: dict[str, Tensor] = {}
+    for name, p in network.named_parameters():
+        fakes[name] = Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+    for name, b in network.named_buffers():
+        fakes[name] = torch.empty(b.shape, dtype=b.dtype)
+    return fakes
+
+
+def image_inputs(config: Any, geometry: Geometry, count: int) -> dict[str, Any]:
+    """Arguments of a transformer for `count` samples, in whatever mode this is called in."""
+    latents = [torch.empty(count, config.in_channels, *size) for size in (geometry.target, *geometry.references)]
+    text = torch.empty(count, geometry.text, config.joint_attention_dim)
+    inputs: dict[str, Any] = {"hidden_states": latents[0], "encoder_hidden_states": text}
+    inputs |= {"pooled_projections": torch.empty(count, config.pooled_projection_dim)}
+    inputs |= {"timestep": torch.empty(count)}
+    if len(latents) > 1:
+        inputs["ref_hidden_states"] = [[latent[i] for latent in latents[1:]] for i in range(count)]
+    return inputs
+
+
+def saved_bytes(transformer: KontextTransformer, geometry: Geometry, count: int, autocast: bool) -> int:
+    """`kept_bytes` of a transformer of `outline` alone."""
+
+    def inputs() -> dict[str, Any]:
+        return image_inputs(transformer.config, geometry, count) | {"return_dict": False}
+
+    return kept_bytes(transformer, inputs, autocast)
 
 
 class SavedTensors:
@@ -148,20 +239,3 @@ class SavedTensors:
     def bytes(self) -> int:
         """Of all that was saved."""
         return sum(storage.nbytes() for storage in self._found.values())
-
-
-def transformer_config(folder: Path) -> dict[str, Any] | None:
-    """The config of a checkpoint folder's transformer; None where the folder is not here."""
-    return read_json(folder / "transformer" / "config.json") if folder.is_dir() else None
-
-
-def frozen_parameters(folder: Path) -> dict[str, int]:
-    """Numbers of the frozen parts' parameters, from the headers of their files; SD3.5's where there is no folder."""
-    if not folder.is_dir():
-        return SD35_FROZEN
-    found = {}
-    for part in SD35_FROZEN:
-        if (folder / part).is_dir():
-            shapes = (shape for file in stored_files(folder / part) for shape in file.names.values())
-            found[part] = sum(torch.Size(shape).numel() for shape in shapes)
-    return found

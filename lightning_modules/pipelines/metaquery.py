@@ -107,8 +107,10 @@ class MetaqueryPipeline(KontextPipeline):
         vlm: Path,
         querying: Querying,
         torch_dtype: torch.dtype | None = None,
+        vlm_dtype: torch.dtype | None = None,
     ) -> MetaqueryPipeline:
-        """Transformer, autoencoder and scheduler of any checkpoint folder with this conditioner and that VLM."""
+        """Transformer, autoencoder and scheduler of any checkpoint folder with this conditioner and that VLM, whose
+        weights may be of a precision of their own."""
         for part in ("transformer", "vae", "scheduler"):
             if not (folder / part).is_dir():
                 raise CheckpointError(f"{folder} lacks {part}; expected a checkpoint folder in the diffusers layout")
@@ -119,7 +121,7 @@ class MetaqueryPipeline(KontextPipeline):
             FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
             AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch_dtype).eval(),
             conditioner,
-            Vlm.from_pretrained(vlm, querying.reading, torch_dtype),
+            Vlm.from_pretrained(vlm, querying.reading, vlm_dtype or torch_dtype),
             querying.reference,
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,20 +24,32 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    T5Config,
+    T5EncoderModel,
+)
 
 from callbacks import EMA
 from callbacks.throughput import peak_memory_bytes
 from data_pipeline.batches import ImageBatch
-from lightning_modules import kontext, pocket, reinforce
+from lightning_modules import kontext, pocket, pocket_vlm, reinforce
+from lightning_modules.connector import Connector, ConnectorModule
 from lightning_modules.kontext import KontextModule
-from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks import Conditioner, KontextTransformer
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
 from lightning_modules.networks.flops import passes_flops
-from lightning_modules.networks.footprint import SD35_MEDIUM
-from lightning_modules.networks.tokenizers import clip_tokenizer, phrase_tokenizer
-from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.networks.published import QWEN25_VL_7B, SD35_MEDIUM
+from lightning_modules.networks.tokenizers import CHAT_TOKENS, chat_tokenizer, clip_tokenizer, phrase_tokenizer
+from lightning_modules.networks.vlm import Vlm
+from lightning_modules.pipelines import KontextPipeline, MetaqueryPipeline
 from lightning_modules.reinforce import ReinforceModule
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted
@@ -52,12 +65,14 @@ GROUP = 12
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of batch: pixels of a side, samples, references of each, and whether it is reinforcement."""
+    """A kind of batch: pixels of a side, samples, references of each, and whether it is reinforcement, or Metaquery's
+    stage 1: queries and connector alone, before a frozen transformer and Qwen2.5-VL-7B."""
 
     size: int
     count: int
     references: int = 0
     reinforced: bool = False
+    connector: bool = False
 
 
 CASES = {
@@ -67,6 +82,8 @@ CASES = {
     "edit_1024": Case(1024, 2, 1),
     "rl_t2i_512": Case(512, 1, reinforced=True),
     "rl_edit_512": Case(512, 1, 1, reinforced=True),
+    "connector_t2i_512": Case(512, 16, connector=True),
+    "connector_edit_512": Case(512, 8, 1, connector=True),
 }
 
 
@@ -78,7 +95,7 @@ class Noise:
 
 
 class Batches(IterableDataset[ImageBatch]):
-    """Random samples; `cached` ones are moments, whose prompts were seen before."""
+    """Random samples; `cached` ones are moments, whose prompts and pictures to read were seen before."""
 
     def __init__(self, case: Case, cached: bool, factor: int, channels: int) -> None:
         self.case, self.cached, self.factor, self.channels = case, cached, factor, channels
@@ -104,7 +121,13 @@ class Batches(IterableDataset[ImageBatch]):
             target=torch.rand(count, *shape),
             references=references,
             encoded=self.cached,
+            pictures=self.seen(step) if case.connector and case.references and self.cached else None,
         )
+
+    def seen(self, step: int) -> Tensor:
+        """Pixels of the references, the same in each step."""
+        shape = self.case.count, self.case.references, 3, self.case.size, self.case.size
+        return torch.rand(*shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @dataclass(eq=False)
@@ -164,9 +187,44 @@ def random_pipeline(text_dtype: torch.dtype | None = None) -> KontextPipeline:
     )
 
 
+def random_vlm() -> Vlm:
+    """Qwen2.5-VL-7B of random weights, on the GPU, with a tokenizer of captions of scenes."""
+    tokenizer = chat_tokenizer(pocket.corpus(pocket.Recipe(), 200), 700, 4096)
+    names = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(t) for n, t in zip(names, CHAT_TOKENS[3:], strict=True)}
+    sizes = {name: QWEN25_VL_7B[name] for name in ("text_config", "vision_config", "tie_word_embeddings")}
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**sizes, **ids)).requires_grad_(False).eval()
+    torch.set_default_dtype(torch.float32)
+    images, videos = Qwen2VLImageProcessor(), Qwen2VLVideoProcessor()
+    return Vlm(model, Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=pocket_vlm.TEMPLATE))
+
+
+def random_metaquery(module: ConnectorModule) -> MetaqueryPipeline:
+    """The released sizes, of random weights, on the GPU."""
+    pipeline, sizes = random_pipeline(torch.bfloat16), module.connector
+    encoder = {"hidden_size": sizes.width, "intermediate_size": sizes.inner}
+    encoder |= {"num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads}
+    with torch.device("cuda"):
+        conditioner = Conditioner(encoder, sizes.num_queries)
+    return MetaqueryPipeline(pipeline.transformer, pipeline.scheduler, pipeline.vae, conditioner, random_vlm())
+
+
+def connector_of(compiled: bool, compute: Compute) -> ConnectorModule:
+    """Stage 1; a pocket language model is left as it was drawn, which takes as long as one that was taught."""
+    if GPU:
+        return ConnectorModule("weights/random", "weights/random", compile=compiled, compute=compute)
+    folder = pocket_vlm.vlm_folder("pocket", Path(tempfile.mkdtemp()), pocket_vlm.VlmRecipe(steps=0, questions=500))
+    sizes = Connector(num_queries=16, width=128, inner=256, layers=2, heads=4)
+    return ConnectorModule("pocket", str(folder), connector=sizes, compile=compiled)
+
+
 def module_of(case: Case, compiled: bool) -> Any:
     """The stage module, as the full-size configs have it."""
     compute = Compute("bfloat16", "bfloat16") if GPU else Compute()
+    if case.connector:
+        return connector_of(compiled, compute)
     if not case.reinforced:
         return KontextModule("weights/random" if GPU else "pocket", compute=compute, compile=compiled)
     return ReinforceModule(
@@ -202,19 +260,24 @@ def measured(case: Case, cached: bool, compiled: bool, steps: int) -> dict[str, 
         gradient_clip_val=None if case.reinforced else 1.0,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[EMA(), clock],
     )  # fmt: skip
-    trainer.fit(module, DataLoader(Batches(case, cached, factor, channels), batch_size=None))
+    batches = Batches(case, cached, factor, channels)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
     seconds = sorted(clock.seconds[WARM_UP:])[steps // 2]  # the median
     pictures = GROUP if case.reinforced else case.count
-    config = module.transformer.config
-    tokens = (1 + case.references) * (case.size // factor // config.patch_size) ** 2
-    work = module.workload()
-    frozen = 0.0 if module.lora is None else work.backward
-    flops = pictures * passes_flops(config, tokens, module.pipeline().text_tokens, work.evaluations, frozen)
+    flops = module.training_flops(batches.batch(0)) if case.connector else flops_of(case, module, factor, pictures)
     found = {"batch": pictures, "seconds": seconds, "rate": pictures / seconds, "mfu": flops / seconds / PEAK}
     found["peak"] = peak_memory_bytes(trainer.strategy.root_device) / 2**30
     if clock.sampling:
         found["sampling"] = sorted(clock.sampling[WARM_UP:])[steps // 2]
     return found
+
+
+def flops_of(case: Case, module: Any, factor: int, pictures: int) -> float:
+    """Model FLOPs of a step of a transformer alone."""
+    config, work = module.transformer.config, module.workload()
+    tokens = (1 + case.references) * (case.size // factor // config.patch_size) ** 2
+    frozen = 0.0 if module.lora is None else work.backward
+    return pictures * passes_flops(config, tokens, module.pipeline().text_tokens, work.evaluations, frozen)
 
 
 def main() -> None:
@@ -228,6 +291,7 @@ def main() -> None:
     if GPU:
         for file in (kontext, reinforce):  # no folder: its content is made on the GPU
             file.KontextPipeline.from_pretrained = lambda *_, text_dtype=None, **__: random_pipeline(text_dtype)
+        ConnectorModule.assembled = random_metaquery  # type: ignore[method-assign]
     card = torch.cuda.get_device_name() if GPU else "no GPU: the pocket model on the CPU, which says nothing of a GPU"
     rows = [f"{datetime.date.today()}, {card}, torch {torch.__version__}; MFU of {PEAK / 1e12:.0f} TFLOP/s", ""]
     rows += [

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from micro import micro_config
+from micro import built, built_vlm, micro_config, tiny_vlm
+from micro_r1v import part, question_shards
 
 from lightning_modules import ahead
 from lightning_modules.cli import main, outlined
@@ -38,8 +39,8 @@ def changed(config: Path, target: Path, **changes: object) -> Path:
 def test_plan_prints_what_a_run_needs_and_loads_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "-c", str(config), "--trainer.max_steps", "100", "--memory_gib", "2"]) == 0
     printed = capsys.readouterr().out
-    for part in ("parameters", "optimiser", "activations, edit x 2", "TFLOP a sample", "100 steps", "a checkpoint"):
-        assert part in printed
+    for text in ("parameters", "optimiser", "activations, edit x 2", "TFLOP a sample", "100 steps", "a checkpoint"):
+        assert text in printed
     assert "fits in 2 GiB" in printed
 
 
@@ -119,3 +120,59 @@ def test_overrides_of_a_refused_config_count(config: Path) -> None:
 def test_what_a_config_makes_is_configured_by_nothing(config: Path) -> None:
     made = outlined(["--config", str(config)])
     assert made.model.transformer is None and made.trainer is None
+
+
+def stages(config: Path, folder: Path) -> dict[str, Path]:
+    """Configs of stages other than flow matching, on micro parts."""
+    judged = {"class_path": "lightning_modules.edit_reward.EditRewardModule"}
+    judged["init_args"] = {"pretrained": str(tiny_vlm(folder / "vlm")), "frozen": ["visual"]}
+    sizes = {"num_queries": 4, "width": 16, "inner": 24, "layers": 1, "heads": 2}
+    connector = {"class_path": "lightning_modules.connector.ConnectorModule"}
+    connector["init_args"] = {"pretrained": str(built()), "vlm": str(built_vlm()), "connector": sizes}
+    questions = {"class_path": "data_pipeline.chat_datamodule.ChatDataModule"}
+    questions["init_args"] = {"shards": [str(question_shards(folder / "questions"))], "batch_size": 2}
+    chat = {"class_path": "lightning_modules.reasoning.R1VModule"}
+    chat["init_args"] = {
+        "vision": str(part("tower")),
+        "language": str(part("reasoner")),
+        "context": 128,
+        "max_tiles": 1,
+    }
+    names = {"connector": {"model": connector}, "edit_reward": {"model": judged}}
+    names["r1v"] = {"model": chat, "data": questions, "benchmark": None}
+    return {name: changed(config, folder / f"{name}.yaml", **changes) for name, changes in names.items()}
+
+
+def test_every_stage_is_planned_looked_at_and_tried(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, path in stages(config, tmp_path).items():
+        assert main(["plan", "-c", str(path)]) == 0, name
+        printed = capsys.readouterr().out
+        for text in (
+            "parameters",
+            "trained",
+            "frozen",
+            "optimiser",
+            "activations",
+            "peak, expected",
+            "hours",
+            "export",
+        ):
+            assert text in printed, (name, text)
+        assert main(["doctor", "-c", str(path)]) == 0, (name, capsys.readouterr().out)
+        assert "BAD" not in capsys.readouterr().out
+        assert main(["fit", "-c", str(path), "--dry_run"]) == 0, (name, capsys.readouterr().out)
+        capsys.readouterr()
+
+
+def test_a_stage_whose_models_are_not_here_is_planned_and_not_found_well(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = {"class_path": "lightning_modules.edit_reward.EditRewardModule"}
+    absent["init_args"] = {"pretrained": "models/none", "lora": {"rank": 8, "targets": ["self_attn.q_proj"]}}
+    path = changed(config, tmp_path / "absent.yaml", model=absent)
+    assert main(["plan", "-c", str(path)]) == 0
+    assert "Qwen2.5-VL-7B's sizes are assumed" in capsys.readouterr().out
+    assert main(["doctor", "-c", str(path)]) == 1
+    assert "there is no folder models/none" in capsys.readouterr().out

@@ -15,9 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks import EMA
 from lightning_modules.kontext import KontextModule
+from lightning_modules.needs.images import Pictures
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compute import Compute
-from lightning_modules.networks.footprint import Geometry, SavedTensors, outline, saved_bytes, trained
+from lightning_modules.networks.footprint import Geometry, SavedTensors, outline, saved_bytes
+from lightning_modules.networks.kontext_transformer import KontextTransformer
+from lightning_modules.networks.published import SD35_MEDIUM
 from lightning_modules.planning import Machine, Plan, Run, largest_batch
 from lightning_modules.schedule import AdamW
 
@@ -37,15 +40,21 @@ def full_size(compute: Compute = LOW, lora: Lora | None = None) -> Plan:
     return Plan(run(KontextModule("weights/absent", lora=lora, compute=compute), 512, batch_size=8))
 
 
+def sd35(lora: Lora | None = None) -> tuple[KontextTransformer, dict[str, Geometry]]:
+    """SD3.5-Medium on the meta device, and a sample of each set."""
+    pictures = Pictures(Path("weights/absent"), run(None, 512))
+    return outline(SD35_MEDIUM, LOW, lora), pictures.samples(pictures.text_tokens(None))
+
+
 @pytest.mark.parametrize("name", ["text_to_image", "edit"])
 @pytest.mark.parametrize("lora", [None, Lora()])
 def test_flops_are_the_counted_ones(name: str, lora: Lora | None) -> None:
-    plan = full_size(lora=lora)
-    config, geometry = plan.transformer.config, plan.samples[name]
+    plan, (transformer, geometries) = full_size(lora=lora), sd35(lora)
+    config, geometry = transformer.config, geometries[name]
     low = {"dtype": torch.bfloat16, "device": "meta"}
     latents = torch.empty(1, config.in_channels, *geometry.target, **low)
     with FlopCounterMode(display=False) as counter:
-        velocity = plan.transformer(
+        velocity = transformer(
             hidden_states=latents,
             ref_hidden_states=latents if geometry.references else None,
             encoder_hidden_states=torch.empty(1, geometry.text, config.joint_attention_dim, **low),
@@ -53,24 +62,24 @@ def test_flops_are_the_counted_ones(name: str, lora: Lora | None) -> None:
             timestep=torch.empty(1, device="meta"),
         ).sample
         velocity.sum().backward()
-    assert plan.flops(name) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert plan.loads[name].flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_sd35_mediums_roofline() -> None:
     """7.33 TFLOP a text-to-image sample at 512 x 512 with 333 text tokens, 14.70 an edit; 3.25 and 5.84 GiB kept."""
-    plan = full_size()
-    assert trained(plan.transformer) == 2_243_171_520 and plan.text_tokens == 333
-    assert plan.flops("text_to_image") == pytest.approx(7.33e12, rel=2e-3)
-    assert plan.flops("edit") == pytest.approx(14.70e12, rel=2e-3)
+    plan, (transformer, geometries) = full_size(), sd35()
+    assert plan.trained == 2_243_171_520 and geometries["edit"].text == 333
+    assert plan.loads["text_to_image"].flops == pytest.approx(7.33e12, rel=2e-3)
+    assert plan.loads["edit"].flops == pytest.approx(14.70e12, rel=2e-3)
     assert plan.rate("text_to_image") == pytest.approx(48.5, abs=0.1) and plan.rate("edit") == pytest.approx(
         24.2, abs=0.1
     )
-    each = [saved_bytes(plan.transformer, geometry, 1, False) / GIB for geometry in plan.samples.values()]
+    each = [saved_bytes(transformer, geometry, 1, False) / GIB for geometry in geometries.values()]
     assert each == pytest.approx([3.25, 5.84], abs=0.01)
     states = plan.states
-    assert states["weights"] == states["gradients"] == 2 * 2_243_171_520
+    assert states["transformer"] == states["gradients"] == 2 * 2_243_171_520
     assert states["position table"] == 4 * 226_492_416
-    assert plan.assumed and plan.peak < 139 * GIB
+    assert plan.needs.assumed and plan.peak < 139 * GIB
 
 
 def micro(compute: Compute = PLAIN, memory: float = 139.0, **changes: Any) -> Plan:
@@ -89,7 +98,7 @@ def test_what_is_computed_again_takes_its_time() -> None:
     plain, again, half = (micro(Compute(recompute=what)) for what in (False, True, 1))
     assert again.rate("edit") == pytest.approx(plain.rate("edit") * 3 / 4)
     assert half.rate("edit") == pytest.approx(plain.rate("edit") * 3 / 3.5)
-    assert again.flops("edit") == plain.flops("edit")
+    assert again.loads["edit"].flops == plain.loads["edit"].flops
     assert again.peak < half.peak < plain.peak
 
 
@@ -144,7 +153,7 @@ def test_bytes_of_states_are_exact(compute: Compute, lora: Lora | None, tmp_path
     state = [value for values in optimizer.state.values() for value in values.values()]
     idle = [p for _, p in module.trainable_parameters() if p not in optimizer.state]  # of the text's last output
     found = {
-        "weights": sum(p.nbytes for p in module.transformer.parameters()),
+        "transformer": sum(p.nbytes for p in module.transformer.parameters()),
         "position table": sum(b.nbytes for b in module.transformer.buffers()),
         "gradients": sum(p.grad.nbytes if p.grad is not None else p.nbytes for _, p in module.trainable_parameters()),
         "optimiser": sum(value.nbytes for value in state),
@@ -181,4 +190,4 @@ def test_eight_bit_moments_are_counted_as_torchao_makes_them() -> None:
     optimizer = torchao.AdamW8bit([parameter])
     optimizer.step()
     plan = Plan(run(KontextModule(str(built()), optimizer=AdamW(bits=8))))
-    assert plan.optimiser_bytes < 3 * trained(plan.transformer)
+    assert plan.optimiser_bytes < 3 * plan.trained

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro import built, micro_folder
+from chains import folder as r1v_folder
+from micro import built, built_vlm, micro_folder, micro_metaquery
+from micro_r1v import part as r1v_part
 
 from lightning_modules import preflight
 from lightning_modules.preflight import Finding
@@ -66,7 +68,7 @@ def test_every_bad_part_of_the_weights_is_named(tmp_path: Path) -> None:
 
 def test_shards_and_disk(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    found = bad(preflight.shards({"": [str(tmp_path / "absent"), str(tmp_path / "empty")]}))
+    found = bad(preflight.shards([str(tmp_path / "absent"), str(tmp_path / "empty")]))
     assert "there is no folder" in found[0] and "holds no shards" in found[1]
     assert bad(preflight.disk(tmp_path / "runs", 1e3)) == []
     assert "make room" in bad(preflight.disk(tmp_path / "runs", 1e18))[0]
@@ -75,3 +77,19 @@ def test_shards_and_disk(tmp_path: Path) -> None:
 def test_a_line_of_the_report() -> None:
     assert str(Finding("BAD", "disk", "full")) == "BAD  disk            full"
     assert [finding.what for finding in preflight.accelerators()]
+
+
+def test_folders_of_every_kind_are_checked(tmp_path: Path) -> None:
+    metaquery = str(micro_metaquery(tmp_path / "metaquery"))
+    tower, reasoner = str(r1v_part("tower")), str(r1v_part("reasoner"))
+    good = {metaquery: "conditioner", str(built_vlm()): "vlm", tower: "tower", reasoner: "model", r1v_folder(): "r1v"}
+    good |= {"pocket/tower": "tower", str(built()): "pictures"}
+    for folder, kind in good.items():
+        assert bad(preflight.weights(folder, kind)) == [], (folder, kind)
+    assert "expected qwen2_5_vl" in bad(preflight.weights(reasoner, "vlm"))[0]
+    assert "expected intern_vit_6b or timm" in bad(preflight.weights(reasoner, "tower"))[0]
+    assert "no llm_config" in bad(preflight.weights(tower, "r1v"))[0]
+    assert "no conditioner" in bad(preflight.weights(str(built()), "conditioner"))[0]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    assert "holds no *.safetensors" in bad(preflight.weights(str(tmp_path / "model"), "model"))[0]
