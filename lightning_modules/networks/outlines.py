@@ -121,10 +121,14 @@ class TextStep(nn.Module):
         visible = torch.ones(rows, 1, length, length, dtype=torch.bool)
         positions = torch.zeros(rows, length, dtype=torch.long)
         logits = self.language(
-            inputs_embeds=embedded, attention_mask=visible, position_ids=positions, use_cache=False
+            inputs_embeds=embedded,
+            attention_mask=visible,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=learned + 1,
         ).logits
         labels = torch.zeros(rows, learned, dtype=torch.long)
-        return cross_entropy(logits[:, -learned - 1 : -1].transpose(1, 2).float(), labels)
+        return cross_entropy(logits[:, :-1].transpose(1, 2).float(), labels)
 
 
 def r1v_outline(

@@ -63,7 +63,7 @@ def planned(module: ConnectorModule, batch: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("train", [["connector"], ["connector", "transformer"], ["transformer"]], ids="+".join)
-@pytest.mark.parametrize("name", ["text_to_image", "edit"])
+@pytest.mark.parametrize("name", [pytest.param("text_to_image", marks=pytest.mark.slow), "edit"])
 def test_full_size_flops_are_the_counted_ones(train: list[Any], name: str) -> None:
     module = ConnectorModule("weights/absent", "weights/absent_vlm", train=train, compute=LOW)
     config = run(module, 8, 512, ratio={name: 1})

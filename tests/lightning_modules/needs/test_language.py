@@ -14,6 +14,8 @@ from counting import counted_flops
 from micro_r1v import part, question_shards
 
 from data_pipeline.chat_datamodule import ChatDataModule
+from lightning_modules.losses.token_policy import log_probs
+from lightning_modules.losses.tokens import before_learned
 from lightning_modules.needs.language import Outlined
 from lightning_modules.networks.footprint import SavedTensors
 from lightning_modules.networks.loading import read_json
@@ -74,7 +76,8 @@ def test_activations_are_those_that_autograd_saves(train: list[str], recompute: 
         own.loss(rows)
     count, length = rows.input_ids.shape
     assert count == 1 and int(rows.attention_mask.max()) > 1  # several in a row, which do not see one another
-    found = outlined(train, recompute).kept(length, len(rows.tiles), length - 1, count)
+    learned = int(before_learned(rows.labels).sum())
+    found = outlined(train, recompute).kept(length, len(rows.tiles), learned, count)
     assert found == pytest.approx(counter.bytes, rel=0.1)
 
 
@@ -88,7 +91,7 @@ def test_activations_of_answers_are_those_that_autograd_saves() -> None:
     own.model.language.train(True)
     counter = SavedTensors([*own.model.parameters(), *own.model.buffers()])
     with counter.hooks():
-        new, _ = own.log_probs(batch)
+        new = log_probs(own.logits(batch), batch.tokens)
     count, length = len(new), batch.prompts.input_ids.shape[1] + batch.tokens.shape[1]
     config = read_json(Path(r1v_folder()) / "config.json")
     made = Outlined.of(config["vision_config"], config["llm_config"], 1, run(None), ["projector"], True)
