@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +71,22 @@ class Connector:
             raise InputError(f"connector: sizes are whole numbers of at least 1 (layers of 0), got {self}")
         if not self.query_norm > 0:
             raise InputError(f"connector: query_norm is above 0, got {self.query_norm:g}")
+
+    def config(self, language_width: int, transformer: Mapping[str, Any], fused_layers: int) -> dict[str, Any]:
+        """Arguments of a Conditioner between a language model so wide and a transformer of this config."""
+        return {
+            "connector_config": {
+                "hidden_size": self.width,
+                "intermediate_size": self.inner,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads,
+            },
+            "num_queries": self.num_queries,
+            "llm_hidden_size": language_width,
+            "pooled_projection_dim": transformer["pooled_projection_dim"],
+            "joint_attention_dim": transformer["joint_attention_dim"],
+            "fused_layers": fused_layers,
+        }
 
 
 class ConnectorModule(GradientHooks, L.LightningModule):
@@ -167,11 +183,9 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         self._queries = QueryCache(self._pipeline, root=self.feature_cache)
         self.transformer, self.conditioner = self._pipeline.transformer, self._pipeline.conditioner
         if self.target == "text":
-            folder, parts = (
-                checkpoint_folder(self.pretrained),
-                {"transformer": self.transformer, "vae": self._pipeline.vae},
-            )
-            self._texts = PromptCache(KontextPipeline.from_pretrained(folder, self.compute.frozen_dtype, **parts))
+            own = {"transformer": self.transformer, "vae": self._pipeline.vae}
+            folder = checkpoint_folder(self.pretrained)
+            self._texts = PromptCache(KontextPipeline.from_pretrained(folder, self.compute.frozen_dtype, **own))
         if self.light_head is not None:
             keep_blocks(self.transformer, self.light_head)
         self.transformer.requires_grad_("transformer" in self.parts).train()
@@ -208,23 +222,11 @@ class ConnectorModule(GradientHooks, L.LightningModule):
     def new_conditioner(self, folder: Path, vlm: Path, querying: Querying) -> Conditioner:
         """Drawn from the seed alone, for this transformer and this vision-language model."""
         transformer, language = read_json(folder / "transformer" / "config.json"), read_json(vlm / "config.json")
-        sizes = self.connector
+        width = language.get("text_config", language)["hidden_size"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            conditioner = Conditioner(
-                {
-                    "hidden_size": sizes.width,
-                    "intermediate_size": sizes.inner,
-                    "num_hidden_layers": sizes.layers,
-                    "num_attention_heads": sizes.heads,
-                },
-                num_queries=sizes.num_queries,
-                llm_hidden_size=language.get("text_config", language)["hidden_size"],
-                pooled_projection_dim=transformer["pooled_projection_dim"],
-                joint_attention_dim=transformer["joint_attention_dim"],
-                fused_layers=len(querying.reading.layers),
-            )
-        conditioner.meta_queries.data *= sizes.query_norm
+            conditioner = Conditioner(**self.connector.config(width, transformer, len(querying.reading.layers)))
+        conditioner.meta_queries.data *= self.connector.query_norm
         return conditioner
 
     def on_fit_start(self) -> None:

@@ -28,6 +28,7 @@ from lightning_modules.networks.footprint import (
     outline,
     recomputed_share,
 )
+from lightning_modules.networks.light_head import light_config
 from lightning_modules.networks.loading import read_json
 from lightning_modules.networks.outlines import QueriedStep, conditioner_outline, vlm_outline
 from lightning_modules.networks.published import QWEN25_VL_7B, config_in
@@ -77,7 +78,7 @@ def connector_needs(run: Run, stage: ConnectorStage, teacher: bool = False) -> N
     said += [f"{language} is not here: Qwen2.5-VL-7B's sizes are assumed"] if assumed else []
     said += [f"{known} is not here: the released connector's sizes are assumed"] if known and not known.is_dir() else []
     texts, autoencoder = frozen_parts(folder, stage.compute)
-    parts = [*image_parts(folder, transformer, stage.compute)]
+    parts = image_parts(transformer)
     parts += [Part("queries and connector", tuple(conditioner.parameters()), exported=4)]
     parts += [Part("vision-language model", tuple(vlm.parameters())), autoencoder, *([texts] if teacher else [])]
     needs = Needs(
@@ -151,9 +152,7 @@ def sized(pictures: Pictures, stage: ConnectorStage) -> dict[str, Any]:
     """The transformer's config, with the blocks that are kept."""
     config = dict(pictures.config)
     if stage.light_head is not None:
-        kept = [*range(stage.light_head - 1), config["num_layers"] - 1]
-        dual = tuple(new for new, old in enumerate(kept) if old in config.get("dual_attention_layers", ()))
-        config |= {"num_layers": stage.light_head, "dual_attention_layers": dual}
+        config |= light_config(config, stage.light_head)
     return config
 
 
@@ -161,17 +160,4 @@ def conditioner_config(stage: ConnectorStage, known: Path | None, vlm: Vlm, tran
     """A conditioner's, of its folder or as a new one is made."""
     if known is not None and known.is_dir():
         return read_json(known / "conditioner" / "config.json")
-    sizes = stage.connector
-    return {
-        "connector_config": {
-            "hidden_size": sizes.width,
-            "intermediate_size": sizes.inner,
-            "num_hidden_layers": sizes.layers,
-            "num_attention_heads": sizes.heads,
-        },
-        "num_queries": sizes.num_queries,
-        "llm_hidden_size": vlm.width,
-        "pooled_projection_dim": transformer.config.pooled_projection_dim,
-        "joint_attention_dim": transformer.config.joint_attention_dim,
-        "fused_layers": len(vlm.reading.layers),
-    }
+    return stage.connector.config(vlm.width, transformer.config, len(vlm.reading.layers))

@@ -115,7 +115,7 @@ def references_of(name: str) -> int:
     return 2 if name == "multi_reference" else int("edit" in name or name == "multi_turn")
 
 
-def image_parts(folder: Path, transformer: Any, compute: Compute) -> list[Part]:
+def image_parts(transformer: Any) -> list[Part]:
     """The transformer, which is exported in float32, and its constant table."""
     table = tuple(transformer.buffers())
     return [
@@ -159,7 +159,7 @@ def image_needs(run: Run, stage: ImageStage, others: int = 0) -> Needs:
         kept = partial(saved_bytes, transformer, geometry, autocast=run.autocast)
         batch = pictures.batch(name)
         loads[name] = Load(batch, work.together or batch, flops, kept, again=flops * share)
-    parts = [*image_parts(folder, transformer, stage.compute), *frozen_parts(folder, stage.compute)]
+    parts = [*image_parts(transformer), *frozen_parts(folder, stage.compute)]
     if (folder / "conditioner").is_dir():
         parts += metaquery_parts(folder, stage.compute)
     if others:

@@ -158,11 +158,6 @@ def outline(config: Mapping[str, Any], compute: Compute, lora: Lora | None, trai
     return transformer
 
 
-def trained(module: nn.Module) -> int:
-    """Number of parameters that the optimiser moves."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def kept_bytes(network: nn.Module, inputs: Callable[[], dict[str, Any]], autocast: bool) -> int:
     """Bytes that autograd keeps between forward and backward pass, parameters excluded.
 

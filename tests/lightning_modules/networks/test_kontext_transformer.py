@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.networks.published import SD35_MEDIUM
 
 CONFIG = {
     "sample_size": 8,
@@ -26,21 +27,6 @@ CONFIG = {
     "pooled_projection_dim": 10,
     "pos_embed_max_size": 12,
     "dual_attention_layers": (0, 1),
-    "qk_norm": "rms_norm",
-}
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
 
