@@ -233,8 +233,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_norm_clipping(self.trainer)
         pipeline = self.pipeline()
-        if self.device.type == "cpu" and "bf" in f"{self.trainer.precision} {self.compute.weights}":
-            attend_in_float32(self.transformer)
+        attend_in_float32(self.transformer, self.device)
         if hasattr(data, "sizes"):
             pipeline.require_sizes(data.size_multiple, data.sizes.values())
         if self._texts is not None:

@@ -181,8 +181,7 @@ class KontextModule(GradientHooks, L.LightningModule):
         require_norm_clipping(trainer)
         assert self._prompts is not None and self._pipeline is not None
         self._pipeline.to(self.device)
-        if self.device.type == "cpu" and "bf" in f"{trainer.precision} {self.compute.weights}":
-            attend_in_float32(self.transformer)
+        attend_in_float32(self.transformer, self.device)
         if hasattr(trainer.datamodule, "sizes"):
             self._pipeline.require_sizes(trainer.datamodule.size_multiple, trainer.datamodule.sizes.values())
         if hasattr(trainer.datamodule, "prompts"):

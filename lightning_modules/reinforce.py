@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,13 @@ from lightning_modules.needs.images import image_needs
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute, Precision, recompute_blocks
+from lightning_modules.networks.compute import Compute, Precision, attend_in_float32, recompute_blocks
 from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
-from lightning_modules.pipelines.encoders import LatentEncoder
+from lightning_modules.pipelines.encoders import LatentEncoder, own_precision
 from lightning_modules.pipelines.opening import connected, open_folder, prompts_of, reads_pictures
 from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
@@ -157,6 +157,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         if self.global_rank == 0:
             logger.info(self.arithmetic.table())
         pipeline = self.pipeline()
+        attend_in_float32(pipeline.transformer, self.device)
         if hasattr(data, "sizes"):
             pipeline.require_sizes(data.size_multiple, data.sizes.values())
         self.snapshots.to(self.device)
@@ -219,10 +220,12 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             for start in range(0, len(batch), size):
                 part = batch.rows(start, start + size)
                 rollout = self.sample(part)
-                pictures = (decode_latents(self._encoder.vae, rollout.trajectory.x0) / 2 + 0.5).clamp(0, 1)
+                pictures = self.pictures_of(rollout.trajectory.x0)
                 for name, value in dashboard(pictures, self.sampling.group_size).items():
                     self.log(f"pictures/{batch.task}_{name}", value, batch_size=1)
                 pending.append((rollout, pool.submit(score, rewards, pictures, self.requests(part, rollout))))
+                if not all(each.beside for each in rewards.values()):
+                    wait([pending[-1][1]])
         return self.judged([(rollout, future.result()) for rollout, future in pending])
 
     def judged(self, scored: list[tuple[Rollout, dict[str, Tensor]]]) -> list[Rollout]:
@@ -303,12 +306,17 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         each = enumerate(references.unbind(1))
         return torch.stack([self._encoder.sample(m, self.seed, f"reference {r}", batch) for r, m in each], dim=1)
 
+    def pictures_of(self, latents: Tensor) -> Tensor:
+        """Pictures in [0, 1], decoded in the autoencoder's own precision, for rewards read them exactly."""
+        with own_precision(self._encoder.vae):
+            return (decode_latents(self._encoder.vae, latents) / 2 + 0.5).clamp(0, 1)
+
     def requests(self, batch: ImageBatch, rollout: Rollout) -> list[Request]:
         """What each picture of a rollout was made from; pictures to edit as the transformer saw them."""
         sources: list[tuple[Tensor, ...]] = [()] * len(batch)
         if rollout.references is not None:
-            pixels = decode_latents(self._encoder.vae, rollout.references.flatten(0, 1)) / 2 + 0.5
-            sources = [tuple(one) for one in pixels.clamp(0, 1).unflatten(0, rollout.references.shape[:2])]
+            pixels = self.pictures_of(rollout.references.flatten(0, 1))
+            sources = [tuple(one) for one in pixels.unflatten(0, rollout.references.shape[:2])]
         of_groups = map(Request, rollout.prompts, sources, rollout.metadata)
         return [request for request in of_groups for _ in range(self.sampling.group_size)]
 

@@ -64,9 +64,10 @@ def cast_weights(transformer: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def attend_in_float32(transformer: Any) -> None:
-    """Leaves attention out of lower precision, for CPUs; to be called before blocks are compiled."""
-    transformer.set_attn_processor(KontextAttnProcessor(in_float32=True))
+def attend_in_float32(transformer: Any, device: torch.device) -> None:
+    """On a CPU leaves attention out of lower precision, if there is any; to be called before blocks are compiled."""
+    if device.type == "cpu":
+        transformer.set_attn_processor(KontextAttnProcessor(in_float32=True))
 
 
 def recompute_blocks(transformer: Any, what: bool | int | Literal["cheap"]) -> None:

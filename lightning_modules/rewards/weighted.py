@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Weighted:
     """A reward, what it counts, and the tasks it judges (None: all). One of weight 0 is logged and teaches nothing, so
-    that a learned reward can be watched beside the truth on the same pictures."""
+    that a learned reward can be watched beside the truth on the same pictures. `beside`: further pictures are sampled
+    while these are scored; set it to false for a reward that takes the cores which sample."""
 
     reward: Reward
     weight: float = 1.0
     tasks: list[str] | None = None
+    beside: bool = True
 
     def __post_init__(self) -> None:
         check_weight(self.weight)

@@ -55,7 +55,7 @@ class Step:
         )
         self.module.configure_model()
         if weights == "bfloat16":
-            attend_in_float32(self.module.transformer)
+            attend_in_float32(self.module.transformer, torch.device("cpu"))
         self.module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.batch = edits(self.module, count)

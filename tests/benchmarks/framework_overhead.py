@@ -3,9 +3,9 @@
 python tests/benchmarks/framework_overhead.py [--steps 300]
 
 Bare: the module's own loss, backward, clipping, AdamW and schedule. Fit: the Trainer with the callbacks of
-configs/edit.yaml that work at every step. Both take that config's model and batches of its kind and size, encoded as a
-cache gives them and ready in memory. After each step of fit comes a bare one on the same batch, so that a machine
-whose speed changes slows both. Prints the median ratio of such pairs; exits with 1 above 1.05.
+configs/edit.yaml that work at every step. Both take that config's model, precision and batches of its kind and size,
+encoded as a cache gives them and ready in memory. After each step of fit comes a bare one on the same batch, so that a
+machine whose speed changes slows both. Prints the median ratio of such pairs; exits with 1 above 1.05.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from data_pipeline.batches import ImageBatch
 from data_pipeline.datamodule import SceneShards, ShardDataModule
 from lightning_modules.cli import quiet
 from lightning_modules.kontext import KontextModule
+from lightning_modules.networks.compute import attend_in_float32
 
 BAR = 1.05
 CONFIG = Path(__file__).parents[2] / "configs" / "edit.yaml"
@@ -71,14 +72,17 @@ def module(steps: int, text: int) -> KontextModule:
     return made
 
 
-def bare(made: KontextModule, batches: list[ImageBatch], steps: int) -> Iterator[None]:
+def bare(made: KontextModule, batches: list[ImageBatch], steps: int, precision: str) -> Iterator[None]:
     """A step at each call of next."""
+    mixed = precision == "bf16-mixed"
+    attend_in_float32(made.transformer, made.device)
     settings = made.configure_optimizers()
     optimizer, schedule = settings["optimizer"], settings["lr_scheduler"]["scheduler"]
     parameters = [p for _, p in made.trainable_parameters()]
     made.log = lambda *_, **__: None  # type: ignore[method-assign]
     for i in range(steps):
-        loss = made.training_step(batches[i % len(batches)], i)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+            loss = made.training_step(batches[i % len(batches)], i)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -87,14 +91,17 @@ def bare(made: KontextModule, batches: list[ImageBatch], steps: int) -> Iterator
         yield
 
 
-def in_turns(batches: list[ImageBatch], steps: int, models: tuple[KontextModule, KontextModule]) -> Turns:
+def in_turns(
+    batches: list[ImageBatch], steps: int, models: tuple[KontextModule, KontextModule], precision: str
+) -> Turns:
     """Trains the first with fit and the second bare."""
-    turns = Turns(bare(models[1], batches, steps))
+    turns = Turns(bare(models[1], batches, steps, precision))
     own = [callbacks.EMA(0.998), callbacks.NonFiniteGuard(), callbacks.Throughput(), callbacks.RandomState()]
     trainer = L.Trainer(
         max_steps=steps,
         max_epochs=-1,
         accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]
         gradient_clip_val=1.0,
         log_every_n_steps=20,
         callbacks=[*own, callbacks.Progress(), turns],
@@ -121,8 +128,9 @@ def main() -> int:
     text = config["model"]["init_args"]["max_sequence_length"]
     models = module(1000, text), module(1000, text)
     batches = [models[0].latent_encoder().encode_batch(batch) for batch in batches]
-    in_turns(batches, 8, models)  # compiles, and fills the prompt caches
-    times = in_turns(batches, arguments.steps, models).times
+    precision = config["trainer"]["precision"]
+    in_turns(batches, 8, models, precision)  # compiles, and fills the prompt caches
+    times = in_turns(batches, arguments.steps, models, precision).times
     for name, found in times.items():
         print(f"{name:5} median step {1000 * statistics.median(found):.1f} ms over {len(found)} steps")
     ratios = [fit / own for fit, own in zip(times["fit"], times["bare"], strict=True)][5:]

@@ -88,6 +88,24 @@ def test_log_probabilities_agree_bitwise_and_the_first_ratio_is_one(folder: str,
     assert module.transformer.proj_out.weight.grad.abs().max() > 0
 
 
+def test_under_autocast_sampling_and_learning_agree_and_rewards_see_exact_pictures(folder: str, tmp_path: Path) -> None:
+    module = made(folder, GRPO(window=WINDOW))
+    exact = sampled(module, prompts(0, count=2), tmp_path).trajectory
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as Lightning's bf16-mixed does
+        rollout = sampled(module, prompts(0, count=2), tmp_path)
+        policy = Policy.of(module.transformer, rollout, 1.0)
+        for place, point in enumerate(module.algorithm.points(rollout, module.draw_points)):
+            v = policy(point.x, point.sigma)
+            assert torch.equal(
+                module.algorithm.compare(v, v, point, rollout).log_prob, rollout.trajectory.log_probs[place]
+            )
+        v.square().mean().backward()
+        found = module.pictures_of(exact.x0)
+    assert module.transformer.transformer_blocks[0].attn.to_q.weight.grad.abs().max() > 0
+    assert not torch.equal(rollout.trajectory.x0, exact.x0) and rollout.trajectory.x0.dtype == torch.float32
+    assert torch.equal(found, module.pictures_of(exact.x0))
+
+
 @pytest.mark.parametrize("algorithm", [*RATIO_BASED, DiffusionNFT(), AWM()], ids=lambda a: type(a).__name__)
 def test_zero_advantages_have_no_gradient(folder: str, algorithm, tmp_path: Path) -> None:
     module = made(folder, algorithm)

@@ -64,7 +64,7 @@ def test_adapters_off_give_the_base_bit_for_bit(tuned: KontextModule) -> None:
     base = module(tuned.compute, lora=None)
     base.configure_model()
     if tuned.compute.weights == "bfloat16":
-        attend_in_float32(base.transformer)  # as the run did on a CPU
+        attend_in_float32(base.transformer, base.device)  # as the run did on a CPU
     assert not torch.equal(velocity(tuned.transformer), velocity(base.transformer))
     tuned.transformer.disable_adapters()
     try:

@@ -48,7 +48,7 @@ def gradients(transformer: KontextTransformer) -> list[torch.Tensor]:
 
 def test_attention_alone_is_left_in_float32(transformer: KontextTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = gradients(transformer)
-    attend_in_float32(transformer)
+    attend_in_float32(transformer, torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(gradients(transformer), exact, strict=True))
     seen, plain = set(), functional.scaled_dot_product_attention
 

@@ -73,6 +73,20 @@ def test_sampling_goes_on_while_pictures_are_scored(folder: str, monkeypatch: py
     assert [key for rollout in found for key in rollout.keys] == ["k0", "k1", "k2", "k3"]
 
 
+def test_a_reward_that_takes_the_cores_is_waited_for(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+
+    class Counted(Brightness):
+        def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:
+            scored.append(len(pictures))
+            return super().score(pictures, requests)
+
+    before: list[int] = []
+    rewards = {"near": Weighted(Counted(), beside=False)}
+    collected(folder, rewards, monkeypatch, lambda: before.append(len(scored)))
+    assert before == [0, 1] and scored == [6, 6]
+
+
 def test_a_reward_behind_http_gives_the_same_rollouts(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(remote.TOKEN, "open sesame")
     server = serve(Brightness(), "127.0.0.1", 0)
