@@ -124,7 +124,7 @@ def killed_and_resumed(folder: Path, kill_at: int, **changes: object) -> list[di
     return ledger(folder)
 
 
-QUICK = {(5, 0), (7, 2)}  # the others take minutes
+QUICK = {(7, 2)}  # the others take minutes
 
 
 @pytest.mark.parametrize(

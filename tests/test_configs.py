@@ -79,7 +79,15 @@ def test_a_full_size_config_fits_its_devices_and_the_model(path: Path) -> None:
         assert len(trained) == 2 * (24 * 8 - 1)
 
 
-@pytest.mark.parametrize("path", FULL_SIZE, ids=lambda p: p.stem)
+# One of each kind of stage; the others take as long and say the like.
+FIRST = ("edit", "pdtr_edit", "joint", "r1v_sft", "r1v_grpo", "edit_reward")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in FIRST else pytest.mark.slow) for path in FULL_SIZE],
+    ids=lambda p: p.stem,
+)
 def test_a_full_size_config_is_planned_as_its_head_says(path: Path) -> None:
     """On the meta device, without its weights: "# Expected (not measured): 126 GiB and 48.5 samples/s a GPU"."""
     made = outlined(["--config", str(path)])
