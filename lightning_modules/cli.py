@@ -26,6 +26,7 @@ from lightning_modules import ahead, commands, preflight
 from lightning_modules.commands import RUNS
 from lightning_modules.networks.loading import CheckpointError
 
+logger = logging.getLogger(__name__)
 VERSION = "_UNIPIC_LIGHTNING_VERSION"  # in the environment, so that the processes of all ranks resume the same run
 # What may differ when a run is resumed: how far and on what it runs, and in which portions its data comes.
 RESUMABLE = (
@@ -45,6 +46,8 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":
             for finding in preflight.requested_devices(vars(self.config["fit"]["trainer"])):
                 raise InputError(finding.found)
+            for finding in preflight.cpu_precision(vars(self.config["fit"]["trainer"])):
+                logger.warning(finding.found)
         if VERSION not in os.environ or self.subcommand != "fit":
             return
         path = RUNS / run_name() / os.environ[VERSION] / "config.yaml"
@@ -74,8 +77,8 @@ class CLI(LightningCLI):
         """Adds what every run has: its folder, the summary at its end, and checkpoints that are never half written."""
         summary = Summary(self._get(self.config_init, "benchmark"), self._get(self.config_init, "seed_everything"))
         fit = self.subcommand == "fit"
-        logger = fit and TensorBoardLogger(save_dir=str(RUNS), name=run_name(), version=os.environ.get(VERSION))
-        trainer = super().instantiate_trainer(**{"logger": logger, "plugins": [AtomicCheckpointIO()], **kwargs})
+        board = fit and TensorBoardLogger(save_dir=str(RUNS), name=run_name(), version=os.environ.get(VERSION))
+        trainer = super().instantiate_trainer(**{"logger": board, "plugins": [AtomicCheckpointIO()], **kwargs})
         if fit:
             trainer.callbacks.append(summary)
         return trainer

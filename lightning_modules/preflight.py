@@ -100,6 +100,15 @@ def requested_devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("BAD", "devices", f"trainer.devices is {devices} and this machine has {count} GPUs; use {remedy}")
 
 
+def cpu_precision(trainer: Mapping[str, Any]) -> Iterator[Finding]:
+    """bfloat16 on a CPU that has no instructions for it."""
+    on_cpu = trainer.get("accelerator", "auto") == "cpu" or not torch.cuda.is_available()
+    has_bfloat16 = any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    if on_cpu and "bf16" in str(trainer.get("precision")) and not has_bfloat16:
+        slow = "has no instructions for bfloat16 and imitates them slowly; use --trainer.precision 32-true"
+        yield Finding("note", "precision", f"trainer.precision is {trainer['precision']}, and this CPU {slow}")
+
+
 def checks_of(folder: Path, kind: str) -> list[Callable[[], object]]:
     """What is looked at in a folder.
 

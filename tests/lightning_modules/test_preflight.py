@@ -51,6 +51,21 @@ def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad(preflight.requested_devices({"devices": 2, "accelerator": "cpu"})) == []
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision", "noted"),
+    [({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "bf16-mixed", True),
+     ({"avx2": True, "avx512_bf16": True}, "bf16-mixed", False), ({"amx_bf16": True}, "bf16-true", False),
+     ({}, "bf16-true", True), ({}, "32-true", False), ({}, None, False)],
+)  # fmt: skip
+def test_a_cpu_without_bfloat16_is_noted(
+    capabilities: dict[str, bool], precision: str | None, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    found = list(preflight.cpu_precision({"accelerator": "cpu", "precision": precision}))
+    assert [finding.level for finding in found] == ["note"] * noted
+    assert all("--trainer.precision 32-true" in finding.found for finding in found)
+
+
 def test_every_bad_part_of_the_weights_is_named(tmp_path: Path) -> None:
     assert bad(preflight.weights(str(built()))) == []
     folder = micro_folder(tmp_path / "folder")
