@@ -26,7 +26,7 @@ from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.needs.images import image_needs
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute
+from lightning_modules.networks.compute import Compute, attend_in_float32
 from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
@@ -141,6 +141,8 @@ class DistillModule(GradientHooks, L.LightningModule):
         self.pipeline()
         for teacher in self._frozen.values():
             teacher.to(self.device)
+        for transformer in (self.transformer, *self._frozen.values()):
+            attend_in_float32(transformer, self.device)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "prompts"):
             self._prompts.fill(data.prompts())
