@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 POCKET = "pocket/"
 # Where a thing is that is named by colour and shape is learned last, so it is asked more often.
-ASKED = (*KINDS, "look", "look", "relate", "relate")
+PRACTISED = (*KINDS, "look", "look", "relate", "relate")
 END = {"chat": "<|im_end|>", "think": "<|end|>"}
 SPECIALS = ["<|pad|>", "<|im_start|>", *END.values(), "<|User|>", "<|Assistant|>", "<think>", "</think>"]
 # Qwen's and R1's manners: the second opens the thoughts itself and drops those of earlier turns.
@@ -128,12 +128,12 @@ def build(folder: Path, part: str, recipe: Recipe) -> None:
 
 def documents(rng: random.Random, level: int, count: int = 3) -> list[tuple[str, bool]]:
     """A scene in words, then questions with answers, some of them step by step: (text, whether it is learned)."""
-    scene, question = draw(rng, level, "train", ASKED)
+    scene, question = draw(rng, level, "train", PRACTISED)
     pieces = [(in_words(scene, rng) + "\n", False)]
     if rng.random() < 0.2:
         return [*pieces, (f"{asked(question, 'describe')}\n", False), (in_words(scene), True)]
     for number in range(count):
-        question = question if number == 0 else random_question(rng, scene, ASKED)
+        question = question if number == 0 else random_question(rng, scene, PRACTISED)
         style: Style = rng.choice(("short", "steps"))
         pieces += [(f"{asked(question, style)}\n", False), (written(question, style, scene) + "\n", True)]
     return pieces
@@ -141,7 +141,7 @@ def documents(rng: random.Random, level: int, count: int = 3) -> list[tuple[str,
 
 def conversation(rng: random.Random, level: int, manner: str) -> list[tuple[str, str]]:
     """A question about a scene in words, and what a model of a manner answers."""
-    scene, question = draw(rng, level, "train", ASKED)
+    scene, question = draw(rng, level, "train", PRACTISED)
     if manner == "think":
         told = f"{in_words(scene, rng)}\n{question.text}"
         return [("user", told), ("assistant", written(checked(rng, question), "chain", scene))]

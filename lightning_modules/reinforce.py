@@ -215,6 +215,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
     def collect(self, batch: ImageBatch) -> list[Rollout]:
         """Samples groups of each prompt, has them scored meanwhile, and keeps those that teach something."""
         size, rewards = self.sampling.micro_groups, of_task(self.rewards, batch.task)
+        beside = all(each.beside for each in rewards.values())
         pending: list[tuple[Rollout, Future[dict[str, Tensor]]]] = []
         with ThreadPoolExecutor(1) as pool, self.snapshots.using(self.regularisation.sampler):
             for start in range(0, len(batch), size):
@@ -223,9 +224,10 @@ class ReinforceModule(GradientHooks, L.LightningModule):
                 pictures = self.pictures_of(rollout.trajectory.x0)
                 for name, value in dashboard(pictures, self.sampling.group_size).items():
                     self.log(f"pictures/{batch.task}_{name}", value, batch_size=1)
-                pending.append((rollout, pool.submit(score, rewards, pictures, self.requests(part, rollout))))
-                if not all(each.beside for each in rewards.values()):
-                    wait([pending[-1][1]])
+                scores = pool.submit(score, rewards, pictures, self.requests(part, rollout))
+                if not beside:
+                    wait([scores])
+                pending.append((rollout, scores))
         return self.judged([(rollout, future.result()) for rollout, future in pending])
 
     def judged(self, scored: list[tuple[Rollout, dict[str, Tensor]]]) -> list[Rollout]:

@@ -102,10 +102,10 @@ def test_boxes_are_found_with_their_braces() -> None:
     assert final_answer("\\boxed{4} or \\boxed{5}") == "4, 5"
     assert final_answer("<think>\\boxed{3}") is None and final_answer("\\boxed{3") is None
     assert split("a</think>b") == Chain("a", "b", True) and split("<think>a") == Chain("a", "", False)
+    started = time.thread_time()  # the machine may be busy with other things
     for text in ("\\boxed{" * 20_000, "answer is " * 20_000, "\\boxed" * 20_000, "{" * 100_000):
-        started = time.thread_time()  # the machine may be busy with other things
         final_answer(text)
-        assert time.thread_time() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_accuracy_counts_its_reasons() -> None:
