@@ -23,6 +23,7 @@ from lightning_modules.evaluation.pictures import dashboard
 from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
+from lightning_modules.losses.forward_process import velocity_divergence
 from lightning_modules.needs.images import image_needs
 from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.autoencoder import decode_latents
@@ -37,7 +38,7 @@ from lightning_modules.pipelines.encoders import LatentEncoder, own_precision
 from lightning_modules.pipelines.opening import connected, open_folder, prompts_of, reads_pictures
 from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
-from lightning_modules.rewards.weighted import Weighted, of_task, score
+from lightning_modules.rewards.weighted import Weighted, judge, of_task, score
 from lightning_modules.rollouts import collect
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
 from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased
@@ -58,6 +59,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
 
     A batch is a set of prompts. Groups of pictures of each are sampled and scored; once enough of them teach something
     the policy is updated, and what was sampled is dropped, so that every update is on pictures of the policy as it is.
+    A batch of a task that no reward judges is what `regularisation.anchor` holds the policy on.
 
     Args:
         pretrained: checkpoint folder in the diffusers layout, such as the export of an earlier run, a Metaquery model's
@@ -118,6 +120,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
+        self.anchor: ImageBatch | None = None
         self.evaluations, self.pictures, self.trained, self.idle = 0, 0, 0, 0
         self._pipeline: KontextPipeline | None = None
 
@@ -184,7 +187,8 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         backward = cost.branches * cost.points
         passes = cost.to_sample + cost.to_train - backward * bool(self.compute.recompute)
         together = settings.micro_groups * settings.group_size * cost.branches
-        return Workload(float(passes), float(backward), together, cost.copies, settings.groups * settings.group_size)
+        copies = len(self.regularisation.snapshots)
+        return Workload(float(passes), float(backward), together, copies, settings.groups * settings.group_size)
 
     def needs(self, run: Run) -> Needs:
         """What a run holds and does, for plan."""
@@ -195,6 +199,9 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         return {self.pretrained: "image"}
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        if self.regularisation.anchor > 0 and not judge(self.rewards, batch.task):
+            self.anchor = batch
+            return
         found = self.collect(batch)
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
@@ -331,15 +338,14 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         return found
 
     def improve(self, rollouts: list[Rollout], batch: ImageBatch) -> None:
-        """One update of the policy, from rollouts, and from a batch's targets where that is asked for."""
+        """One update of the policy, from rollouts, and from targets where that is asked for."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         first = self.global_rank * len(rollouts)  # no two devices draw alike
         logs = [entry for i, rollout in enumerate(rollouts) for entry in self.learn(rollout, first + i, len(rollouts))]
-        if self.regularisation.supervised > 0:
-            loss = self.supervised_loss(batch)
-            self.manual_backward(self.regularisation.supervised * loss)
-            self.log("train/supervised", loss.detach(), batch_size=1)
+        for name, weight, loss in self.on_targets(batch):
+            self.manual_backward(weight * loss)
+            self.log(f"train/{name}", loss.detach(), batch_size=1)
         self.log("train/grad_norm", self._gradients.norm(), batch_size=1)
         self._gradients.clip(self.regularisation.max_grad_norm)
         optimizer.step()
@@ -357,7 +363,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         policy = Policy.of(self.transformer, rollout, self.sampling.guidance_scale)
         advantages = self.advantages(rollout.rewards, self.weights).flatten().to(self.device)
         points = list(self.algorithm.points(rollout, partial(self.draw_points, number, len(rollout))))
-        frozen = {name: self.under(name, policy, points) for name in self.snapshots.copies}
+        frozen = {name: self.under(name, policy, points) for name in self.regularisation.asked}
         for i, point in enumerate(points):
             v = policy(point.x, point.sigma)
             others = {name: velocities[i] for name, velocities in frozen.items()}
@@ -371,21 +377,44 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.evaluations += self.arithmetic.to_train * len(rollout)
         self.trained += len(rollout)
 
-    def supervised_loss(self, batch: ImageBatch) -> Tensor:
-        """Flow matching on the targets of a batch, at noise levels spread evenly."""
+    def on_targets(self, batch: ImageBatch) -> Iterator[tuple[str, float, Tensor]]:
+        """Names, weights and values of the losses that are not of rollouts."""
+        settings = self.regularisation
+        if settings.supervised > 0:
+            policy, x0, noise, sigma = self.noised(batch, "supervised")
+            v = policy(path.interpolate(x0, noise, sigma), sigma)
+            yield "supervised", settings.supervised, flow_matching(v, path.velocity(x0, noise), torch.ones_like(sigma))
+            self.evaluations += self.arithmetic.to_supervise * len(batch)
+        if settings.anchor > 0 and self.anchor is not None:
+            texts = [self.sampling.negative_prompt if i % 2 else text for i, text in enumerate(self.anchor.prompts)]
+            # A batch may serve several updates, each with noise of its own.
+            purpose = f"anchor {self.trainer.global_step}"
+            policy, x0, noise, sigma = self.noised(replace(self.anchor, prompts=texts), purpose)
+            x = path.interpolate(x0, noise, sigma)
+            with torch.no_grad(), self.snapshots.using("reference"):
+                reference = policy(x, sigma)
+            yield "anchor", settings.anchor, velocity_divergence(policy(x, sigma), reference).mean()
+            self.evaluations += self.arithmetic.to_anchor * len(self.anchor)
+        elif settings.anchor > 0 and self.trainer.global_step >= PATIENCE:
+            raise InputError(
+                f"regularisation.anchor holds the policy on batches that no reward judges, and in {PATIENCE} updates "
+                "none came; give data.ratio a share of such a set, and each reward its tasks, or set it to 0"
+            )
+
+    @torch.no_grad()
+    def noised(self, batch: ImageBatch, purpose: str) -> tuple[Policy, Tensor, Tensor, Tensor]:
+        """The policy under the conditions of a batch; its targets, noise, and noise levels spread evenly."""
         if not batch.has_targets:
-            raise InputError("regularisation.supervised learns from targets, and prompts have none; set it to 0")
-        with torch.no_grad():
-            batch = self._encoder.encode_batch(batch.to(self.device))
-            sequence, pooled = self.conditions(batch.prompts, batch)
-            references = self.encode_references(batch)
-            x0 = self._encoder.sample(batch.target, self.seed, "target", batch)
-            counters = batch.epochs, batch.sample_ids
-            noise = draw(torch.randn, tuple(x0.shape[1:]), self.seed, "supervised noise", *counters).to(x0)
-            sigma = draw(torch.rand, (), self.seed, "supervised sigma", *counters).to(x0)
-        v = Policy(self.transformer, sequence, pooled, references)(path.interpolate(x0, noise, sigma), sigma)
-        self.evaluations += self.arithmetic.to_supervise * len(batch)
-        return flow_matching(v, path.velocity(x0, noise), torch.ones_like(sigma))
+            raise InputError(
+                f"regularisation.{purpose.split()[0]} learns from targets, and prompts have none; set it to 0"
+            )
+        batch = self._encoder.encode_batch(batch.to(self.device))
+        sequence, pooled = self.conditions(batch.prompts, batch)
+        policy = Policy(self.transformer, sequence, pooled, self.encode_references(batch))
+        x0 = self._encoder.sample(batch.target, self.seed, "target", batch)
+        counters = batch.epochs, batch.sample_ids
+        noise = draw(torch.randn, tuple(x0.shape[1:]), self.seed, f"{purpose} noise", *counters).to(x0)
+        return policy, x0, noise, draw(torch.rand, (), self.seed, f"{purpose} sigma", *counters).to(x0)
 
     @torch.no_grad()
     def under(self, name: str, policy: Policy, points: list[Point]) -> list[Tensor]:
@@ -414,6 +443,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
         checkpoint["reinforce"] = {
             "copies": self.snapshots.copies,
+            "anchor": None if self.anchor is None else vars(self.anchor.to("cpu")),
             "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
             "counts": (self.evaluations, self.pictures, self.trained, self.idle),
         }
@@ -422,6 +452,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
         saved = checkpoint["reinforce"]
         self.snapshots.copies = saved["copies"]
+        self.anchor = None if saved["anchor"] is None else ImageBatch(**saved["anchor"])
         waiting = saved["waiting"] if self.global_rank == 0 else []  # they are the first device's; others sample anew
         self.waiting = [Rollout.of(facts, tensors) for facts, tensors in waiting]
         self.evaluations, self.pictures, self.trained, self.idle = saved["counts"]

@@ -39,10 +39,15 @@ def check_weight(weight: float) -> None:
         raise InputError(f"the weight of a reward is {weight}; expected a finite number")
 
 
+def judge(rewards: Mapping[str, Weighted], task: str) -> bool:
+    """Whether one of the rewards teaches anything of a task."""
+    return any(each.weight and (each.tasks is None or task in each.tasks) for each in rewards.values())
+
+
 def of_task(rewards: Mapping[str, Weighted], task: str) -> dict[str, Weighted]:
-    """The rewards that judge a task; an InputError where there are none."""
+    """The rewards of a task; an InputError where none judges it."""
     found = {name: each for name, each in rewards.items() if each.tasks is None or task in each.tasks}
-    if not any(each.weight for each in found.values()):
+    if not judge(found, task):
         raise InputError(
             f"no reward judges the task {task!r}; name it in the tasks of one of {', '.join(rewards)} that has a weight"
         )

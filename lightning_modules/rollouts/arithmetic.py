@@ -23,6 +23,7 @@ class Arithmetic:
         backward: evaluations that a backward pass counts, recomputed activations included.
         copies: other policies that are asked at each point.
         supervised: whether it learns from the targets of a batch, too.
+        anchored: whether it is held to the reference on those of another batch.
         devices: each samples and learns from its share of the groups.
         prompts: of a device's batch; None where they differ from batch to batch.
     """
@@ -32,6 +33,7 @@ class Arithmetic:
     backward: int
     copies: int
     supervised: bool
+    anchored: bool
     devices: int
     prompts: int | None
 
@@ -87,12 +89,18 @@ class Arithmetic:
         """Evaluations that a target of the supervised loss costs."""
         return 1 + self.backward if self.supervised else 0
 
+    @property
+    def to_anchor(self) -> int:
+        """Evaluations that a target costs on which the policy is held to the reference."""
+        return 2 + self.backward if self.anchored else 0
+
     def table(self) -> str:
         """All of it, for people."""
         s, prompts, micro = self.sampling, self.prompts, self.sampling.micro_groups
         guided = f"{self.branches} x " if self.branches > 1 else ""
         point = f"{guided}(forward 1, backward {self.backward}, other policies {self.copies})"
-        total = self.sampled * (self.to_sample + self.to_train) + self.devices * (prompts or 0) * self.to_supervise
+        beside = self.devices * (prompts or 0) * (self.to_supervise + self.to_anchor)
+        total = self.sampled * (self.to_sample + self.to_train) + beside
         rows = {
             "prompts": f"{prompts or 'any number'} a batch and device, until {s.groups} groups teach something",
             "micro-batch": f"groups x pictures: {micro} x {s.group_size}; {self.micro_batches} a device or more",
@@ -123,8 +131,9 @@ def resolve(
         prompts: of a device's batch.
     """
     backward = (1 if adapters else 2) + recompute
-    copies, supervised = len(regularisation.snapshots), regularisation.supervised > 0
-    return Arithmetic(sampling, algorithm.points_per_picture, backward, copies, supervised, devices, prompts)
+    copies, points = len(regularisation.asked), algorithm.points_per_picture
+    targets = regularisation.supervised > 0, regularisation.anchor > 0
+    return Arithmetic(sampling, points, backward, copies, *targets, devices, prompts)
 
 
 def multiples(number: int, divisor: int) -> str:

@@ -51,6 +51,9 @@ class Regularisation:
         ema_kl: weight of the difference of its velocity from that of its own moving average.
         ema_decay: of that average.
         supervised: weight of the flow-matching loss on the prompts' own targets.
+        anchor: weight of the mean squared difference of its velocity from the reference's on noisy targets of the last
+            batch that no reward judges, every other one without its prompt, as guidance asks for it: what holds a task
+            that is not reinforced (after Learning without Forgetting, arXiv 1606.09282).
         old_rate: how far the policy that samples follows the trained one after each update; 1 samples on policy.
         max_grad_norm: the norm that gradients are clipped to.
     """
@@ -61,14 +64,18 @@ class Regularisation:
     ema_kl: float = 0.0
     ema_decay: float = 0.95
     supervised: float = 0.0
+    anchor: float = 0.0
     old_rate: float = 1.0
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.velocity_kl, self.latent_kl, self.ema_kl, self.supervised) < 0 or self.max_grad_norm <= 0:
+        weights = self.velocity_kl, self.latent_kl, self.ema_kl, self.supervised, self.anchor
+        if min(weights) < 0 or self.max_grad_norm <= 0:
             raise InputError(f"regularisation: weights are at least 0, max_grad_norm is above 0; got {self}")
-        if self.reference is not None and self.velocity_kl + self.latent_kl == 0:
-            raise InputError("regularisation.reference is of no use without velocity_kl or latent_kl; set one above 0")
+        if self.reference is not None and "reference" not in self.snapshots:
+            raise InputError(
+                "regularisation.reference is of no use without velocity_kl, latent_kl or anchor; set one above 0"
+            )
         if not 0 < self.old_rate <= 1 or not 0 <= self.ema_decay < 1:
             raise InputError(f"regularisation: 0 < old_rate <= 1 and 0 <= ema_decay < 1; got {self}")
 
@@ -81,11 +88,17 @@ class Regularisation:
     def snapshots(self) -> dict[str, float]:
         """The copies of the policy that are needed, and the share that each follows it by after an update."""
         wanted = {
-            "reference": (self.velocity_kl + self.latent_kl > 0, 0.0),
+            "reference": (self.velocity_kl + self.latent_kl + self.anchor > 0, 0.0),
             "old": (self.sampler is not None, self.old_rate),
             "ema": (self.ema_kl > 0, 1 - self.ema_decay),
         }
         return {name: rate for name, (needed, rate) in wanted.items() if needed}
+
+    @property
+    def asked(self) -> list[str]:
+        """The copies that are asked at each point of a rollout: the reference only where a KL term is."""
+        held = self.velocity_kl + self.latent_kl > 0
+        return [name for name in self.snapshots if held or name != "reference"]
 
     def divergences(
         self, algorithm: Algorithm, v: Tensor, others: Mapping[str, Tensor], point: Point, rollout: Rollout

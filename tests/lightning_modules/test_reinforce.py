@@ -330,15 +330,16 @@ def test_the_velocity_kl_pulls_to_the_reference(folder: str, tmp_path: Path) -> 
 
 
 def test_every_regularisation_has_a_gradient_and_its_cost_is_counted(folder: str, tmp_path: Path) -> None:
-    settings = Regularisation(velocity_kl=0.1, latent_kl=0.04, ema_kl=0.1, supervised=0.5, old_rate=0.5)
+    settings = Regularisation(velocity_kl=0.1, latent_kl=0.04, ema_kl=0.1, supervised=0.5, anchor=0.5, old_rate=0.5)
     module = made(folder, GRPO("flow", unit="gaussian", clip=1e-4, window=WINDOW), regularisation=settings)
+    module.rewards = {"bright": Weighted(Brightness(), tasks=["edit"])}
     logged: dict[str, float] = {}
     module.log = lambda name, value, **_: logged.__setitem__(name, float(value))
-    trained(module, [prompts(i) for i in range(3)], 3, tmp_path)
-    assert all(logged[f"train/{name}"] > 0 for name in ("velocity_kl", "latent_kl", "ema_kl", "supervised"))
+    trained(module, [prompts(9, "text_to_image"), *map(prompts, range(3))], 3, tmp_path)
+    assert all(logged[f"train/{name}"] > 0 for name in ("velocity_kl", "latent_kl", "ema_kl", "supervised", "anchor"))
     # A batch of 12 pictures: 4 steps of sampling; 2 points, each a forward and a backward pass and three copies'; 4
-    # targets, each a forward and a backward pass.
-    assert module.evaluations == 3 * (12 * 4 + 12 * 2 * (3 + 3) + 4 * 3)
+    # targets to learn, each a forward and a backward pass, and 4 to keep, each with a pass of the reference too.
+    assert module.evaluations == 3 * (12 * 4 + 12 * 2 * (3 + 3) + 4 * 3 + 4 * 4)
     assert logged["cost/per_picture"] == pytest.approx(module.evaluations / 36)
 
 
@@ -405,3 +406,40 @@ def test_a_task_without_a_reward_is_named(folder: str, tmp_path: Path) -> None:
     module.rewards = {"bright": Weighted(Brightness(), tasks=["text_to_image"])}
     with pytest.raises(InputError, match="no reward judges the task 'edit'"):
         trained(module, [prompts(0)], 1, tmp_path)
+
+
+def editor(folder: str, anchor: float, **changes: object) -> ReinforceModule:
+    """Learns to edit alone, held where it was in text-to-image."""
+    module = made(folder, regularisation=Regularisation(anchor=anchor, old_rate=0.5), **changes)
+    module.rewards = {"bright": Weighted(Brightness(), tasks=["edit"])}
+    return module
+
+
+def test_a_task_without_a_reward_is_held_to_the_reference(folder: str, tmp_path: Path) -> None:
+    batches = [prompts(i, "edit" if i % 2 else "text_to_image") for i in range(12)]
+    strayed = {}
+    for weight in (1e-9, 10.0):
+        module = editor(folder, weight, optimizer=AdamW(lr=3e-3, warmup_steps=0))
+        updates = watched(module)
+        trained(module, batches, 6, tmp_path)
+        assert [{int(key[1:].split("-")[0]) for key in keys} for keys in updates] == [{i} for i in range(1, 12, 2)]
+        module.anchor = prompts(20, "text_to_image", count=8)
+        strayed[weight] = next(loss.item() for name, _, loss in module.on_targets(batches[0]) if name == "anchor")
+    assert 0 < strayed[10.0] < strayed[1e-9] / 2
+
+
+def test_an_anchored_run_that_was_stopped_goes_on_bit_for_bit(folder: str, tmp_path: Path) -> None:
+    batches = [prompts(i, "text_to_image" if i in (0, 4) else "edit", 2) for i in range(12)]
+    whole, first, second = (editor(folder, 1.0) for _ in range(3))
+    trained(whole, batches, 4, tmp_path)
+    trained(first, batches, 3, tmp_path, callbacks=[SaveAfter(7, tmp_path / "stopped.ckpt")])
+    trained(second, batches[7:], 4, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", weights_only=False)
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(weights, second.state_dict()[name]), name
+    assert whole.evaluations == second.evaluations
+
+
+def test_an_anchor_without_data_ends_the_run(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_modules.reinforce.PATIENCE", 2)
+    with pytest.raises(InputError, match="in 2 updates none came"):
+        trained(editor(folder, 1.0), [prompts(i) for i in range(4)], 4, tmp_path)
