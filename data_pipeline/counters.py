@@ -31,5 +31,5 @@ def draw(
     >>> draw(torch.rand, (), 0, "sigma", torch.tensor([0, 0]), torch.tensor([7, 7])).unique().numel()
     1
     """
-    pairs = zip(epochs.tolist(), sample_ids.tolist(), strict=True)
-    return torch.stack([sampler(tuple(shape), generator=generator(seed, purpose, e, i)) for e, i in pairs])
+    sources = [generator(seed, purpose, e, i) for e, i in zip(epochs.tolist(), sample_ids.tolist(), strict=True)]
+    return torch.stack([sampler(tuple(shape), generator=source, dtype=torch.float32) for source in sources])

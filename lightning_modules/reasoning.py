@@ -181,7 +181,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         count = int((weights > 0).sum())
         loss = (answer_nll(logits, rows.labels) * weights).sum()
         if self.training and torch.distributed.is_initialized() and self.normalisation == "token":
-            own = torch.tensor(float(count), device=self.device)
+            own = torch.tensor(count, dtype=torch.float32, device=self.device)
             loss = loss * own / self.all_gather(own).mean()
         return loss, count
 

@@ -338,7 +338,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
 
     def across(self, value: float, how: str) -> float:
         """A number of all devices."""
-        return float(self.trainer.strategy.reduce(torch.tensor(float(value), device=self.device), reduce_op=how))
+        own = torch.tensor(value, dtype=torch.float32, device=self.device)
+        return float(self.trainer.strategy.reduce(own, reduce_op=how))
 
     def configure_optimizers(self) -> Any:
         self._gradients = Gradients(p for _, p in self.trainable_parameters())

@@ -430,7 +430,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         """`count` draws, normal for "noise" and else uniform: a function of the update, the rollout and the number."""
         seed = counter_seed(self.seed, f"{purpose} {number}", self.trainer.global_step, rollout)
         sampler = torch.randn if purpose == "noise" else torch.rand
-        return sampler((count, *shape), generator=torch.Generator().manual_seed(seed))
+        return sampler((count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
     def configure_optimizers(self) -> Any:
         self._gradients = Gradients(p for _, p in self.trainable_parameters())

@@ -1,8 +1,8 @@
-"""Every run's config: headed by its command, complete, and two steps of it at micro size; full-size ones are made."""
+"""Every run's config: headed by its command, complete, two steps of it at micro size; full-size ones are planned."""
 
 from __future__ import annotations
 
-import importlib
+import json
 import re
 import sys
 from dataclasses import replace
@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from chains import folder as grpo_folder
 from lightning import LightningDataModule, LightningModule
-from micro import built_vlm, judged_shards, micro_config, micro_metaquery
-from micro_r1v import part
+from miniature import miniature
 
 from data_pipeline.recipe import load_recipe
 from lightning_modules.ahead import planned
@@ -36,15 +34,6 @@ SD35M = {
     "out_channels": 16, "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
     "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
 }  # fmt: skip
-
-
-def class_of(path: Path) -> type:
-    """The stage module's class of a config."""
-    module, _, name = yaml.safe_load(path.read_text())["model"]["class_path"].rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-PLANNED = [path for path in FULL_SIZE if "workload" in vars(class_of(path))]  # those with a Kontext transformer
 
 
 def instantiated(path: Path) -> CLI:
@@ -98,46 +87,21 @@ def test_a_full_size_config_is_planned_as_its_head_says(path: Path) -> None:
     assert float(head[2]) == pytest.approx(plan.step_samples / plan.run.devices / plan.seconds, rel=0.02)
 
 
-def reduced(path: Path, folder: Path) -> Path:
-    """A full-size config on micro weights and micro shards, two steps on one CPU."""
-    config, small = yaml.safe_load(path.read_text()), yaml.safe_load(micro_config(folder).read_text())
-    model, data, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
-    own = small["data"]["init_args"]
-    model |= {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False, "max_sequence_length": 8}
-    if "text_cache" in model:
-        model["text_cache"] = str(folder / "texts")
-    if "rewards" in model:
-        model["rewards"] = {"bright": {"reward": {"class_path": "micro.Brightness"}}}
-        model["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 1, "num_inference_steps": 2}
-        model["advantages"] = {"kind": "group"}
-        data |= {"prompt_records": False, "ratio": {"edit" if "edit_prompt" in data["ratio"] else "text_to_image": 1}}
-        if window := model["algorithm"]["init_args"].get("window"):
-            window |= {"size": 1, "within": [0, 1]}
-    data |= {"shards": own["shards"], "batch_size": 2, "image_size": 64, "size_multiple": 16, "num_workers": 0}
-    data |= {"val_batches": 1, "index_root": str(folder / "index")}
-    if data.get("cache"):
-        data["cache"] = {"folder": str(folder / "latents")}
-    trainer |= {"max_steps": 2, "accelerator": "cpu", "devices": 1, "strategy": "auto", "log_every_n_steps": 1}
-    if "val_check_interval" in trainer:
-        trainer["val_check_interval"] = 2 * trainer.get("accumulate_grad_batches", 1)
-    for callback in trainer["callbacks"]:
-        if callback["class_path"] == "callbacks.SampleGrid":
-            callback["init_args"] |= {"num_inference_steps": 1, "num_samples": 1}
-    target = folder / "configs" / path.name
-    target.write_text(yaml.safe_dump(config))
-    return target
-
-
-@pytest.mark.parametrize("path", PLANNED, ids=lambda p: p.stem)
-def test_a_full_size_config_takes_two_steps_at_reduced_size(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("path", [*CONFIGS, *FULL_SIZE], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_config_takes_two_steps_at_micro_size(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    target = tmp_path / path.relative_to(ROOT)
+    target.parent.mkdir(parents=True)
+    target.write_text(yaml.safe_dump(miniature(path, tmp_path)))
     monkeypatch.chdir(tmp_path)
-    found = outlined(["--config", str(reduced(path, tmp_path))], CLI)
-    found.trainer.fit(found.model, found.datamodule)
-    assert found.trainer.global_step == 2
-    assert (tmp_path / "export" / "model_index.json").is_file()
-    assert (tmp_path / "export" / "lora").is_dir() == (found.model.lora is not None)
+    monkeypatch.setattr(sys, "argv", ["cli"])
+    assert main(["fit", "-c", str(target)]) == 0, capsys.readouterr().err
+    run = tmp_path / "runs" / path.relative_to(ROOT / "configs").with_suffix("") / "latest"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    model = yaml.safe_load(target.read_text())["model"]["init_args"]
+    if "dimensions" not in model:
+        assert (run / "export" / "lora").is_dir() == (model.get("lora") is not None)
 
 
 def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
@@ -205,60 +169,3 @@ def test_the_preset_is_the_papers(path: Path) -> None:
     assert (optimizer.lr, optimizer.betas, optimizer.eps) == (3e-4, (0.9, 0.999), 1e-8)
     cost: Arithmetic = replace(model.arithmetic, backward=1)  # where activations are kept
     assert cost.to_sample + cost.to_train == 74
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_config_takes_two_steps(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    small = yaml.safe_load(micro_config(tmp_path).read_text())
-    config = yaml.safe_load(path.read_text())
-    model = config["model"]["init_args"]
-    changes = {"pretrained": small["model"]["init_args"]["pretrained"], "compile": False}
-    model |= {name: value for name, value in changes.items() if name in model}
-    if model.get("conditioner"):
-        model["conditioner"] = str(micro_metaquery(tmp_path / "metaquery"))
-    elif model.get("vlm"):
-        model["vlm"] = str(built_vlm())
-    for teacher in model.get("teachers", {}).values():
-        teacher["folder"] = changes["pretrained"]
-    if "ReasoningGrpoModule" in config["model"]["class_path"]:  # a barely trained policy answers nothing rightly
-        model["pretrained"] = grpo_folder()
-        model["rewards"] = {"vowels": {"reward": {"class_path": "chains.Vowels"}}}
-        model["sampling"] |= {"group_size": 2, "groups": 2, "micro_answers": 2, "max_new_tokens": 4}
-        model["overlong"] = {"cut_off": "learn", "buffer": 0}
-    elif "rewards" in config["model"]["init_args"]:  # an untrained policy draws no scenes: all would be worth nothing
-        config["model"]["init_args"]["rewards"] = {"bright": {"reward": {"class_path": "micro.Brightness"}}}
-        config["model"]["init_args"]["sampling"] |= {"group_size": 2, "groups": 2, "micro_groups": 2}
-        config["model"]["init_args"]["advantages"] = {"kind": "group"}
-    data = small["data"]["init_args"]
-    own = config["data"]["init_args"]
-    if model.get("max_sequence_length"):
-        model["max_sequence_length"] = min(model["max_sequence_length"], 14)
-    own.pop("batch_tokens", None)
-    own |= {k: data[k] for k in ("batch_size", "val_batches")}
-    if "ChatDataModule" in config["data"]["class_path"]:
-        own["scenes"] |= {"counts": dict.fromkeys(own["scenes"]["counts"], 16), "root": str(tmp_path / "scenes")}
-        parts = {"vision": str(part("tower")), "language": str(part("reasoner")), "projector": None}
-        model |= {name: value for name, value in parts.items() if name in model}
-    elif scenes := own.get("scenes"):
-        for each in scenes if isinstance(scenes, list) else [scenes]:
-            each |= {name: min(each[name], 32) for name in ("count_text_image", "count_edit")}
-            each["root"] = str(tmp_path / "scenes")
-    else:
-        own["shards"] = data["shards"]
-    if "dimensions" in model:  # learns from scores, which plain scenes do not have
-        config["data"]["init_args"]["shards"] = [str(judged_shards(tmp_path / "judged"))]
-    elif "ShardDataModule" in config["data"]["class_path"]:
-        config["data"]["init_args"]["cache"] = {"folder": str(tmp_path / "latents")}
-    config["trainer"] |= {"max_steps": 2, "val_check_interval": 2, "accelerator": "cpu"}
-    config["trainer"]["callbacks"] = [
-        c for c in config["trainer"]["callbacks"] if c["class_path"].split(".")[-1] not in ("SampleGrid", "Probe")
-    ]
-    config["benchmark"] = None
-    target = tmp_path / "configs" / path.name
-    target.write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cli"])
-    assert main(["fit", "-c", str(target)]) == 0, capsys.readouterr().err
-    assert (tmp_path / "runs" / path.stem / "latest" / "summary.json").is_file()

@@ -30,7 +30,7 @@ def answer_nll(logits: Float[Tensor, "n v"], labels: Int[Tensor, "b l"]) -> Floa
     """
     places = before_learned(labels).roll(1, dims=1)
     found = torch.nn.functional.cross_entropy(logits.float(), labels[places], reduction="none")
-    return torch.zeros(labels.shape, device=logits.device).masked_scatter(places, found)
+    return torch.zeros(labels.shape, dtype=found.dtype, device=logits.device).masked_scatter(places, found)
 
 
 def token_weights(
@@ -48,7 +48,8 @@ def token_weights(
     """
     learned = labels != IGNORED
     count = int(segments.max()) + 1
-    sizes = torch.zeros(len(labels), count, device=labels.device).scatter_add_(1, segments, learned.float())
+    sizes = torch.zeros(len(labels), count, dtype=torch.float32, device=labels.device)
+    sizes.scatter_add_(1, segments, learned.float())
     power = {"token": 0.0, "sample": 1.0, "square": 0.5}[normalisation]
     weights = learned * sizes.clamp(min=1).gather(1, segments) ** -power
     return weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)

@@ -77,4 +77,4 @@ def numbers(name: str, score: Callable[[], list[float | None]], count: int) -> F
         logger.warning("the reward %s failed for %d: %s: %s", name, count, type(error).__name__, error)
         values = [None] * count
     found = [float("nan") if value is None or not math.isfinite(value) else float(value) for value in values]
-    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.float32)

@@ -76,7 +76,8 @@ class Overlong:
         """The reward of lengths, where it is asked for."""
         if not self.buffer:
             return {}
-        return {OVERLONG: torch.tensor([soft_overlong(n, longest, self.buffer) for n in lengths])}
+        punished = [soft_overlong(n, longest, self.buffer) for n in lengths]
+        return {OVERLONG: torch.tensor(punished, dtype=torch.float32)}
 
 
 @dataclass

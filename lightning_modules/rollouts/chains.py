@@ -166,7 +166,8 @@ def batched(answers: Sequence[Answer], pad: int, longest: int, cut_off: bool) ->
         cut_off: whether answers that were cut off are learned from.
     """
     tokens = pad_sequence([a.tokens for a in answers], batch_first=True, padding_value=pad)
-    weights = [torch.full(a.tokens.shape, float(cut_off or a.ended), device=a.tokens.device) for a in answers]
+    exact: Any = {"dtype": torch.float32, "device": tokens.device}  # whatever the precision of the weights
+    weights = [torch.full(a.tokens.shape, float(cut_off or a.ended), **exact) for a in answers]
     references = [a.reference for a in answers if a.reference is not None]
     old = [a.old if a.old is not None else torch.zeros_like(w) for a, w in zip(answers, weights, strict=True)]
     return Batch(
@@ -175,7 +176,7 @@ def batched(answers: Sequence[Answer], pad: int, longest: int, cut_off: bool) ->
         pad_sequence(weights, batch_first=True),
         pad_sequence(old, batch_first=True),
         pad_sequence(references, batch_first=True) if len(references) == len(answers) else None,
-        torch.tensor([a.advantage for a in answers], device=tokens.device),
-        torch.tensor([float(len(a.tokens)) for a in answers], device=tokens.device),
+        torch.tensor([a.advantage for a in answers], **exact),
+        torch.tensor([len(a.tokens) for a in answers], **exact),
         longest,
     )

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import tensor
 
+from data_pipeline.counters import draw
 from data_pipeline.errors import InputError
 from lightning_modules.losses.policy_gradient import clip_higher
+from lightning_modules.losses.tokens import token_weights
+from lightning_modules.rewards.weighted import numbers
 from lightning_modules.rollouts.advantages import Advantages
 from lightning_modules.rollouts.chain_algorithms import MixedPreference, TokenGRPO, Totals
 from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong
@@ -122,3 +125,20 @@ def test_settings_that_cannot_be_are_refused(make) -> None:
 def test_a_first_ratio_of_one_clips_nothing() -> None:
     ones = torch.ones(1, 3)
     torch.testing.assert_close(clip_higher(ones, ones, 0.2, 0.28), -ones)
+
+
+def test_what_is_learned_from_is_exact_where_weights_are_not() -> None:
+    """Precision bf16-true makes bfloat16 the type of new tensors, in which 300 tokens count 300 and 301 count 302."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        batch = batched([answer(301, 0.3)], pad=0, longest=301, cut_off=True)
+        scores = numbers("exact", lambda: [0.3], 1)
+        punished = Overlong("mask", 100).punished([250], 301)
+        weights = token_weights(tensor([[-100] + [1] * 301]), torch.ones(1, 302, dtype=torch.int64), "square")
+        noise = draw(torch.randn, (), 0, "noise", tensor([0]), tensor([0]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    exact = tensor(0.3)
+    assert batch.lengths.item() == 301 and batch.advantages.item() == scores.item() == exact.item()
+    assert {t.dtype for t in (batch.mask, weights, noise, *punished.values())} == {torch.float32}
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
