@@ -44,9 +44,10 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A run that is resumed goes on by its own config, or is refused before anything of it is touched."""
         if self.subcommand == "fit":
-            for finding in preflight.requested_devices(vars(self.config["fit"]["trainer"])):
+            trainer = vars(self.config["fit"]["trainer"])
+            for finding in (*preflight.requested_devices(trainer), *preflight.true_precision(trainer)):
                 raise InputError(finding.found)
-            for finding in preflight.cpu_precision(vars(self.config["fit"]["trainer"])):
+            for finding in preflight.cpu_precision(trainer):
                 logger.warning(finding.found)
         if VERSION not in os.environ or self.subcommand != "fit":
             return

@@ -109,6 +109,11 @@ class EditRewardModule(GradientHooks, L.LightningModule):
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    def on_train_start(self) -> None:
+        """Sets the mode in which transformers recomputes; until here a model is in the other one."""
+        if self.tower is None:
+            self.regressor.reader.model.train(self.gradient_checkpointing)
+
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         predicted, judged = self.predict(batch), self.judged(batch)
         loss = nn.functional.mse_loss(predicted, judged)

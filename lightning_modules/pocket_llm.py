@@ -303,7 +303,7 @@ def train_language(
             use_cache=False,
             logits_to_keep=before_learned(rows.labels),
         ).logits
-        weights = token_weights(rows.labels, rows.attention_mask, "token")
+        weights, _ = token_weights(rows.labels, rows.attention_mask, "token")
         loss = (answer_nll(logits, rows.labels) * weights).sum()
         model.zero_grad()
         loss.backward()

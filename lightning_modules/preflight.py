@@ -100,6 +100,14 @@ def requested_devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("BAD", "devices", f"trainer.devices is {devices} and this machine has {count} GPUs; use {remedy}")
 
 
+def true_precision(trainer: Mapping[str, Any]) -> Iterator[Finding]:
+    """A precision that Lightning turns all weights and constants into."""
+    if (precision := trainer.get("precision")) in ("bf16-true", "16-true"):
+        found = f"trainer.precision {precision} rounds the frequencies of positions and the autoencoder, too"
+        remedy = "use 32-true: frozen models of transformers stay as their files are, and model.compute says the rest"
+        yield Finding("BAD", "precision", f"{found}; {remedy}")
+
+
 def cpu_precision(trainer: Mapping[str, Any]) -> Iterator[Finding]:
     """bfloat16 on a CPU that has no instructions for it."""
     on_cpu = trainer.get("accelerator", "auto") == "cpu" or not torch.cuda.is_available()

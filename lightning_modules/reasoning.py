@@ -35,7 +35,8 @@ from lightning_modules.schedule import AdamW, adamw
 
 logger = logging.getLogger(__name__)
 Part = Literal["projector", "language", "vision"]
-MOST_LEFT_OUT = 0.5  # share of a batch's conversations that may be left out before it is given up
+MOST_LEFT_OUT = 0.5  # share of WINDOW conversations that may be left out before a run is given up
+WINDOW = 64
 
 
 @dataclass
@@ -48,7 +49,8 @@ class Iteration:
         score: name of the reward model's score in the metadata.
         threshold: tau_t.
         max_new_tokens: of the answers that are verified.
-        samples: at a time.
+        samples: at a time, whose keys and values must fit beside the model: 64 layers of a 32B model keep 256 KiB of
+            each token.
     """
 
     verifier: TextReward
@@ -112,6 +114,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         self.gradient_checkpointing, self.val_tokens = gradient_checkpointing, val_tokens
         self.model: Any = None
         self.left_out = Counter[str]()
+        self.met, self.kept = 0, 0  # conversations of the window, and those of them that can be trained on
 
     def configure_model(self) -> None:
         """Plugs the parts together; called again it does nothing."""
@@ -166,33 +169,41 @@ class R1VModule(GradientHooks, L.LightningModule):
     def training_step(self, batch: ChatBatch, batch_idx: int) -> Tensor:
         rows = self.rows(batch)
         loss, count = self.loss(rows)
-        self.log("train/loss", loss, prog_bar=True, batch_size=rows.samples)
-        self.log("train/tokens", float(count), batch_size=rows.samples)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/tokens", float(count), batch_size=len(batch))
         return loss
 
     def loss(self, rows: Rows) -> tuple[Float[Tensor, ""], int]:
         """Negative log-likelihood of the answers, and how many tokens they have.
 
-        A token counts alike on all devices: each device's mean is weighed by what its share of the tokens is.
+        A token counts alike on all devices: each device's mean is weighed by what its share of all weights is.
         """
+        if not rows.samples:  # other devices have some, and wait for this one's gradients
+            nothing = [0.0 * p.sum() for _, p in self.trainable_parameters()]
+            return self.shared(torch.stack(nothing).sum(), torch.zeros((), device=self.device)), 0
         seen = self.model.image_features(rows.tiles) if len(rows.tiles) else None
         logits = self.model(rows.input_ids, rows.attention_mask, seen, before_learned(rows.labels))
-        weights = token_weights(rows.labels, rows.attention_mask, self.normalisation)
-        count = int((weights > 0).sum())
+        weights, total = token_weights(rows.labels, rows.attention_mask, self.normalisation)
         loss = (answer_nll(logits, rows.labels) * weights).sum()
-        if self.training and torch.distributed.is_initialized() and self.normalisation == "token":
-            own = torch.tensor(count, dtype=torch.float32, device=self.device)
-            loss = loss * own / self.all_gather(own).mean()
-        return loss, count
+        return self.shared(loss, total), int((weights > 0).sum())
+
+    def shared(self, loss: Float[Tensor, ""], total: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """A device's mean as its share of the mean of all devices, whose gradients are averaged."""
+        if not self.training or not torch.distributed.is_initialized():
+            return loss
+        return loss * total / self.all_gather(total).mean().clamp(min=torch.finfo(total.dtype).tiny)
 
     def rows(self, batch: ChatBatch) -> Rows:
         """The batch packed; what cannot be laid out is left out, named and counted."""
         samples = self.samples(batch)
-        if len(samples) < (1 - MOST_LEFT_OUT) * len(batch):
-            raise InputError(
-                f"{len(batch) - len(samples)} of {len(batch)} conversations of a batch cannot be trained on "
-                f"({dict(self.left_out)} so far); correct the data, or raise model.init_args.context"
-            )
+        self.met, self.kept = self.met + len(batch), self.kept + len(samples)
+        if self.met >= WINDOW:
+            if self.kept < (1 - MOST_LEFT_OUT) * self.met:
+                raise InputError(
+                    f"{self.met - self.kept} of {self.met} conversations in a row cannot be trained on "
+                    f"({dict(self.left_out)} so far); correct the data, or raise model.init_args.context"
+                )
+            self.met, self.kept = 0, 0
         return packed(samples, self.context, self.model.pad_token).to(self.device)
 
     def samples(self, batch: ChatBatch) -> list[Sample]:
@@ -244,7 +255,8 @@ class R1VModule(GradientHooks, L.LightningModule):
 
     def validation_step(self, batch: ChatBatch, batch_idx: int) -> None:
         rows = self.rows(batch)
-        self.log("val/loss", self.loss(rows)[0], batch_size=rows.samples, sync_dist=True)
+        if rows.samples:
+            self.log("val/loss", self.loss(rows)[0], batch_size=rows.samples, sync_dist=True)
         numbers, said = self.answered(batch, Decoding(self.val_tokens, 0.0), "answer")
         if not said:
             return

@@ -33,7 +33,7 @@ from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
 from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, Totals
 from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong, WeightedText, reasons, scored
-from lightning_modules.rollouts.chains import Answer, Batch, Question, batched
+from lightning_modules.rollouts.chains import Answer, Batch, Question, batched, moved
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
 from lightning_modules.schedule import AdamW, adamw
 
@@ -121,7 +121,9 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
     def on_fit_start(self) -> None:
         """Moves what is no module to the device."""
         self.snapshots.to(self.device)
-        self.waiting = [[answer.to(self.device) for answer in group] for group in self.waiting]
+        self.waiting = [moved(group, self.device) for group in self.waiting]
+        if self.buffer is not None:
+            self.buffer.answers = moved(self.buffer.answers, self.device)
         groups, devices = self.sampling.groups, self.trainer.world_size
         if groups % devices:
             raise InputError(f"sampling.groups {groups} must be a multiple of the {devices} devices")
@@ -202,7 +204,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
     def sample(self, questions: Sequence[Question]) -> list[Answer]:
         """A group of answers to each question."""
         settings = self.sampling
-        empty = torch.empty(0, 3, self.layout.image_size, self.layout.image_size)
+        empty = torch.empty(0, 3, self.layout.image_size, self.layout.image_size, device=self.device)
         samples = [Sample(q.input_ids.tolist(), [], empty if q.tiles is None else q.tiles) for q in questions]
         seed = counter_seed(self.seed, "answers", questions[0].epoch, questions[0].sample_id)
         decoding = Decoding(settings.max_new_tokens, settings.temperature)

@@ -111,7 +111,7 @@ class MasterAdamW(torch.optim.Optimizer):
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         master = parameter.detach().float()
         moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-        self.state[parameter] = {"step": torch.zeros((), device=master.device), "master": master, **moments}
+        self.state[parameter] = {"step": master.new_zeros(()), "master": master, **moments}
         return self.state[parameter]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -35,8 +35,8 @@ def answer_nll(logits: Float[Tensor, "n v"], labels: Int[Tensor, "b l"]) -> Floa
 
 def token_weights(
     labels: Int[Tensor, "b l"], segments: Int[Tensor, "b l"], normalisation: Normalisation
-) -> Float[Tensor, "b l"]:
-    """What each learned token counts, all in all 1: n_i tokens of sample i weigh in proportion to n_i^(-p) each.
+) -> tuple[Float[Tensor, "b l"], Float[Tensor, ""]]:
+    """What each learned token counts, all in all 1, and what they weigh together: n_i tokens of sample i n_i^(-p) each.
 
     "token" (p = 0): all tokens alike, so that long answers count more. "sample" (p = 1): all samples alike. "square"
     (p = 1/2): between them, as InternVL 2.5 (arXiv 2412.05271, section 3.3, equation 1).
@@ -52,4 +52,5 @@ def token_weights(
     sizes.scatter_add_(1, segments, learned.float())
     power = {"token": 0.0, "sample": 1.0, "square": 0.5}[normalisation]
     weights = learned * sizes.clamp(min=1).gather(1, segments) ** -power
-    return weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    total = weights.sum()
+    return weights / total.clamp(min=torch.finfo(weights.dtype).tiny), total

@@ -110,9 +110,8 @@ class Outlined:
 
     @classmethod
     def of(cls, tower: Any, words: Any, tiles: int, run: Run, train: list[str], recompute: bool) -> Outlined:
-        """From configs; the Trainer's precision is that of all weights where it is a true one."""
-        low = torch.bfloat16 if run.precision == "bf16-true" else None
-        dtypes = low or dtype_of(tower), low or torch.float32, low or dtype_of(words)
+        """From configs, which say the precision of frozen weights."""
+        dtypes = dtype_of(tower), torch.float32, dtype_of(words)
         vision, projector, language = r1v_outline(tower, words, dtypes, train, recompute)
         step = TextStep(vision, projector, language, 2)
         several = tiles + (tiles > 1)

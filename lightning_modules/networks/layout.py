@@ -249,7 +249,10 @@ def pack(lengths: Sequence[int], context: int) -> list[list[int]]:
 
 
 def packed(samples: Sequence[Sample], context: int, pad: int) -> Rows:
-    """Samples packed into rows of at most `context` tokens and padded on the right."""
+    """Samples packed into rows of at most `context` tokens and padded on the right; no rows of none."""
+    if not samples:
+        nothing = torch.zeros(0, 0, dtype=torch.long)
+        return Rows(nothing, nothing, nothing, torch.zeros(0), 0)
     rows = pack([len(sample) for sample in samples], context)
     width = max(sum(len(samples[i]) for i in row) for row in rows)
     shape = len(rows), width

@@ -14,6 +14,8 @@ from data_pipeline.errors import InputError
 from lightning_modules.networks.layout import Sample, prompts
 from lightning_modules.networks.r1v import CLOSE, R1VModel, token_id
 
+TILES = 64  # that the tower looks at together: 64 of 448 x 448 are 22 GiB in one layer of InternViT-6B
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -83,7 +85,8 @@ def features(model: R1VModel, samples: Sequence[Sample], device: torch.device) -
     counts = [len(sample.tiles) for sample in samples]
     if not sum(counts):
         return [torch.empty(0, device=device) for _ in samples]
-    return list(model.image_features(torch.cat([s.tiles for s in samples if len(s.tiles)]).to(device)).split(counts))
+    tiles = torch.cat([s.tiles for s in samples if len(s.tiles)]).split(TILES)
+    return list(torch.cat([model.image_features(part.to(device)) for part in tiles]).split(counts))
 
 
 def until_end(tokens: Tensor, end: int) -> Tensor:
@@ -144,5 +147,7 @@ class VllmEngine:
         except ImportError as error:
             raise InputError("VllmEngine needs vLLM, which is installed apart: pip install vllm") from error
         if self._engine is None:
-            self._engine = vllm.LLM(model=self.language, enable_prompt_embeds=True, **self.options)
+            several = torch.distributed.is_initialized()  # then each process has an engine, on its own device
+            own = {"distributed_executor_backend": "external_launcher"} if several else {}
+            self._engine = vllm.LLM(model=self.language, enable_prompt_embeds=True, **{**own, **self.options})
         return vllm, self._engine

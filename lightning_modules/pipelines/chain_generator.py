@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -31,7 +31,7 @@ class ChainGenerator:
         decoding: how answers are sampled; each record's penalty is multiplied onto its `repetition_penalty`.
         context: tokens of a question and its answer, at most; a longer question cannot be asked.
         penalty_step: how finely penalties differ.
-        samples: at a time.
+        samples: at a time, whose keys and values must fit beside the model.
         seed: of the draws.
         device: where it runs.
     """
@@ -91,8 +91,7 @@ class ChainGenerator:
 
     def _said(self, samples: Sequence[Sample], penalty: float, seed: int) -> list[Generated]:
         """Answers under one penalty."""
-        tokenizer, d = self._model.tokenizer, self.decoding
-        decoding = Decoding(d.max_new_tokens, d.temperature, d.top_p, penalty)
+        tokenizer, decoding = self._model.tokenizer, replace(self.decoding, repetition_penalty=penalty)
         found = []
         for tokens in TransformersEngine().answers(self._model, samples, 1, decoding, seed):
             ended = bool(len(tokens)) and int(tokens[-1]) == tokenizer.eos_token_id

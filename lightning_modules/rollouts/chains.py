@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -61,17 +61,11 @@ class Answer:
     advantage: float = 0.0
     update: int = 0
 
-    def to(self, device: torch.device | str) -> Answer:
-        """The answer with its tensors on a device."""
-        question = moved(self.question, device)
-        return Answer(**{f.name: getattr(self, f.name) for f in fields(self)} | {"question": question}).own(device)
-
-    def own(self, device: torch.device | str) -> Answer:
-        """Its own tensors on a device."""
-        for name in ("tokens", "old", "reference"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, tensor.to(device))
-        return self
+    def of_question(self, question: Question) -> Answer:
+        """The answer on the device of its question."""
+        device = question.input_ids.device
+        tensors = {n: t.to(device) for n in ("tokens", "old", "reference") if (t := getattr(self, n)) is not None}
+        return replace(self, question=question, **tensors)
 
     def state(self) -> dict[str, Any]:
         """As plain data and tensors, for checkpoints."""
@@ -83,10 +77,14 @@ class Answer:
         return cls(**{**state, "question": Question(**state["question"])})
 
 
-def moved(question: Question, device: torch.device | str) -> Question:
-    """A question with its tensors on a device."""
-    tensors = {name: t.to(device) for name in ("input_ids", "tiles") if (t := getattr(question, name)) is not None}
-    return Question(**{**vars(question), **tensors})
+def moved(answers: Sequence[Answer], device: torch.device | str) -> list[Answer]:
+    """Answers with their tensors on a device; those to one question share it, as when they were sampled."""
+    questions: dict[tuple[str, int], Question] = {}
+    for q in (answer.question for answer in answers):
+        if (q.key, q.epoch) not in questions:
+            tensors = {n: t.to(device) for n in ("input_ids", "tiles") if (t := getattr(q, n)) is not None}
+            questions[q.key, q.epoch] = replace(q, **tensors)
+    return [answer.of_question(questions[answer.question.key, answer.question.epoch]) for answer in answers]
 
 
 @dataclass

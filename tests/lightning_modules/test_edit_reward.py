@@ -127,8 +127,13 @@ def test_adapters_of_a_vision_language_model_are_all_that_is_trained_and_saved(t
         gradient_checkpointing=True,
         optimizer=FAST,
     )
+    module.configure_model()
+    calls: list[bool] = []
+    language = module.regressor.reader.model.get_decoder()
+    language.layers[0].mlp.register_forward_pre_hook(lambda layer, _: calls.append(layer.training))
     run = trainer(tmp_path, 2, callbacks=[Export()])
     run.fit(module, loader(0, 1))
+    assert calls == [True] * 4  # twice a step: activations are computed again
     names = {name for name, _ in module.trainable_parameters()}
     assert names and all("lora_" in name or name.startswith("regressor.head") for name in names)
     moved = [name for name, p in module.trainable_parameters() if "lora_B" in name and p.abs().max() > 0]

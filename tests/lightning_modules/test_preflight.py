@@ -66,6 +66,12 @@ def test_a_cpu_without_bfloat16_is_noted(
     assert all("--trainer.precision 32-true" in finding.found for finding in found)
 
 
+def test_a_precision_that_rounds_everything_is_refused() -> None:
+    [found] = bad(preflight.true_precision({"precision": "bf16-true"}))
+    assert "use 32-true" in found
+    assert not any(list(preflight.true_precision({"precision": p})) for p in ("32-true", "bf16-mixed", None))
+
+
 def test_every_bad_part_of_the_weights_is_named(tmp_path: Path) -> None:
     assert bad(preflight.weights(str(built()))) == []
     folder = micro_folder(tmp_path / "folder")

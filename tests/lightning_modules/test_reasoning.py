@@ -13,8 +13,10 @@ from callbacks import Export
 from data_pipeline.chat import in_batches, load_chats
 from data_pipeline.chat_datamodule import ChatDataModule
 from data_pipeline.errors import InputError
+from lightning_modules.losses.tokens import token_weights
+from lightning_modules.networks.layout import packed
 from lightning_modules.networks.r1v import R1VModel
-from lightning_modules.reasoning import Iteration, R1VModule
+from lightning_modules.reasoning import WINDOW, Iteration, R1VModule
 from lightning_modules.rewards.answers import Accuracy
 from lightning_modules.schedule import AdamW
 
@@ -155,6 +157,22 @@ def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(shards: str, t
     assert {"val/loss", "val/accuracy"} <= set(logged)
 
 
+@pytest.mark.parametrize("normalisation", ["token", "sample", "square"])
+def test_devices_learn_together_what_one_does(normalisation: str, shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one of them has nothing to learn from."""
+    own = module(normalisation=normalisation)
+    own.configure_model()
+    samples = own.samples(next(in_batches(load_chats([shards], {}, {}), 4)))
+    rows = [packed(part, 400, own.model.pad_token) for part in (samples[:1], samples[1:], [])]
+    totals = [token_weights(r.labels, r.attention_mask, normalisation)[1] for r in rows[:2]] + [torch.zeros(())]
+    whole, _ = own.loss(packed(samples, 400, own.model.pad_token))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(own, "all_gather", lambda _: torch.stack(totals))
+    devices = [own.train().loss(r)[0] for r in rows]
+    assert devices[2] == 0 and devices[2].requires_grad
+    assert torch.stack(devices).mean().item() == pytest.approx(whole.item(), rel=1e-5)
+
+
 def test_words_alone_teach_a_projector_nothing_and_are_left_out(shards: str) -> None:
     own = module()
     own.configure_model()
@@ -186,7 +204,9 @@ def test_conversations_that_do_not_fit_are_counted_and_never_trained_on(shards: 
     served = data(shards, equal={"style": "chain"})
     served.setup("fit")
     batch = next(iter(served.train_dataloader()))
-    with pytest.raises(InputError, match=r"of 4 conversations of a batch cannot be trained on \(\{'too long'"):
+    few = [own.rows(batch).samples for _ in range(WINDOW // len(batch) - 1)]  # one of them alone ends no run
+    assert len(set(few)) == 1 and few[0] < 2
+    with pytest.raises(InputError, match=r"of 64 conversations in a row cannot be trained on \(\{'too long'"):
         own.rows(batch)
     batch.pictures[0] = []
     roomy = module(context=400)

@@ -12,18 +12,20 @@ SEGMENTS = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 0]])
 
 
 @pytest.mark.parametrize(
-    ("normalisation", "first", "second"),
-    [("token", 1 / 5, 1 / 5), ("sample", 1 / 8, 1 / 2), ("square", 1 / 6, 1 / 3)],
+    ("normalisation", "first", "second", "total"),
+    [("token", 1 / 5, 1 / 5, 5), ("sample", 1 / 8, 1 / 2, 2), ("square", 1 / 6, 1 / 3, 3)],
 )
-def test_weights_by_hand(normalisation: str, first: float, second: float) -> None:
-    weights = token_weights(LABELS, SEGMENTS, normalisation)
+def test_weights_by_hand(normalisation: str, first: float, second: float, total: float) -> None:
+    weights, found = token_weights(LABELS, SEGMENTS, normalisation)
+    assert found.item() == total
     expected = torch.tensor([[0, first, first, first, first, 0, second, 0]])
     assert torch.allclose(weights, expected)
 
 
 def test_a_row_in_which_nothing_is_learned_weighs_nothing() -> None:
     labels = torch.full((1, 4), -100)
-    assert token_weights(labels, torch.ones_like(labels), "sample").sum() == 0
+    weights, total = token_weights(labels, torch.ones_like(labels), "sample")
+    assert weights.sum() == 0 and total == 0
 
 
 def test_likelihood_is_that_of_the_next_token() -> None:

@@ -56,7 +56,7 @@ def outlined(train: list[str], recompute: bool = False) -> Outlined:
 def test_flops_are_the_counted_ones(train: list[str]) -> None:
     """At the published widths, a few layers deep."""
     tower, words = {**INTERNVIT_6B, "num_hidden_layers": 3}, {**QWEN25_32B, "num_hidden_layers": 3}
-    model = Outlined.of(tower, words, 1, run(None, precision="bf16-true"), train, False)
+    model = Outlined.of(tower, words, 1, run(None), train, False)
     arguments = {"rows": 1, "length": 2048, "tiles": 1, "side": 448, "tokens": 256, "learned": 2047}
     found = counted_flops(model.step, lambda: arguments)
     if "vision" not in train:  # whose features are given
@@ -120,7 +120,7 @@ def test_bytes_of_states_are_exact(train: list[str], shards: str, tmp_path: Path
 def test_full_size_is_planned_without_weights() -> None:
     """Qwen2.5-32B has 32.76 billion parameters, InternViT-6B 5.54, R1V's projector 0.09."""
     own = R1VModule("models/none", "models/no_language", context=4096, gradient_checkpointing=True)
-    plan = Plan(run(own, 1, precision="bf16-true"))
+    plan = Plan(run(own, 1))
     sizes = {part.name: part.numbers for part in plan.needs.parts}
     assert sizes["language model"] == 32_763_876_352 and sizes["vision tower"] == pytest.approx(5.54e9, rel=2e-3)
     assert plan.trained == sizes["projector"] == 2 * 12800 + 12800 * 5120 + 5120 + 5120**2 + 5120

@@ -17,7 +17,7 @@ from lightning_modules.rewards.weighted import numbers
 from lightning_modules.rollouts.advantages import Advantages
 from lightning_modules.rollouts.chain_algorithms import MixedPreference, TokenGRPO, Totals
 from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong
-from lightning_modules.rollouts.chains import Answer, Question, batched
+from lightning_modules.rollouts.chains import Answer, Question, batched, moved
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
 
 QUESTION = Question("q", 0, 0, "how many?", tensor([7, 8, 9]), torch.zeros(2, 3, 4, 4))
@@ -104,6 +104,12 @@ def test_a_state_is_whole() -> None:
     assert torch.equal(again.tokens, kept.tokens) and again.question.key == "q" and again.update == 3
 
 
+def test_answers_that_were_saved_share_their_question_again() -> None:
+    group = moved([Answer.of(answer(2, float(i)).state()) for i in range(3)], "cpu")
+    assert len({id(a.question.tiles) for a in group}) == 1 and [a.advantage for a in group] == [0, 1, 2]
+    assert {t.device.type for a in moved(group, "meta") for t in (a.tokens, a.old, a.question.tiles)} == {"meta"}
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -134,7 +140,7 @@ def test_what_is_learned_from_is_exact_where_weights_are_not() -> None:
         batch = batched([answer(301, 0.3)], pad=0, longest=301, cut_off=True)
         scores = numbers("exact", lambda: [0.3], 1)
         punished = Overlong("mask", 100).punished([250], 301)
-        weights = token_weights(tensor([[-100] + [1] * 301]), torch.ones(1, 302, dtype=torch.int64), "square")
+        weights, _ = token_weights(tensor([[-100] + [1] * 301]), torch.ones(1, 302, dtype=torch.int64), "square")
         noise = draw(torch.randn, (), 0, "noise", tensor([0]), tensor([0]))
     finally:
         torch.set_default_dtype(torch.float32)
