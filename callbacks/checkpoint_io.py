@@ -47,7 +47,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Always loads with weights_only=True, whatever is asked for: a checkpoint must not run code."""
         try:
-            checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
+            if Path(path).is_file():  # mapped, so that the ranks of a host do not each hold a copy
+                checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+            else:
+                checkpoint = super().load_checkpoint(path, map_location, weights_only=True)
             if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
                 raise ValueError("it is no checkpoint of a Lightning run")
             if Path(path).is_file() and (damaged := zipfile.ZipFile(path).testzip()):

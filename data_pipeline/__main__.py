@@ -68,6 +68,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     encode.add_argument("--mirrored", action="store_true", help="for runs with augmentation.flip")
     encode.add_argument("--latents", default=f"{ENCODERS}.LatentEncoder", help='class of the pictures\' encoder, or ""')
     encode.add_argument("--texts", default=f"{ENCODERS}.TextEncoder", help='class of the texts\' encoder, or ""')
+    kinds = ["float32", "bfloat16"]
+    encode.add_argument("--text_precision", choices=kinds, default=kinds[0], help="as model.compute.frozen of the run")
     encode.add_argument("--index_root", type=Path, default=Path("data/index"), help="as data.index_root of the run")
     encode.add_argument("--device", default="auto", help="what encodes: auto is a GPU where there is one")
     arguments, rest = parser.parse_known_args(argv)

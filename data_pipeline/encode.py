@@ -31,10 +31,12 @@ class Encoding:
         shards: folders of shards.
         output: folder of the cache: `data.cache.folder` and `model.text_cache` of a run.
         pretrained: checkpoint folder of the encoders.
-        latents, texts: class paths with `from_pretrained(folder)`; "" leaves out pictures or texts.
+        latents, texts: class paths with `from_pretrained(folder)`, and `precision` beside for texts; "" leaves
+            out pictures or texts.
         image_size, size_multiple, upscale: as the run has them.
         mirrored: encode pictures mirrored too, for runs with `augmentation.flip`.
         index_root: as the run has it.
+        text_precision: float32 or bfloat16, as the run has its frozen encoders.
         device: what encodes; "auto" is a GPU where there is one.
     """
 
@@ -48,6 +50,7 @@ class Encoding:
     mirrored: bool
     index_root: Path
     device: str = "auto"
+    text_precision: str = "float32"
     upscale: bool = True
 
     def run(self) -> str:
@@ -70,7 +73,8 @@ class Encoding:
         lines = []
         for path, (total, items) in wanted.items():
             if path:
-                encoder = named(path, self.pretrained)
+                settings = {"precision": self.text_precision} if path == self.texts else {}
+                encoder = named(path, self.pretrained, **settings)
                 store = FeatureStore(self.output, encoder.fingerprint)
                 encoder.to(device)
                 new = fill(store, encoder, items(), total)
@@ -88,11 +92,11 @@ def texts(index: ServingIndex) -> Iterator[str]:
     return prompts(record for _, record in records(index))
 
 
-def named(path: str, pretrained: str) -> Encoder:
+def named(path: str, pretrained: str, **settings: str) -> Encoder:
     """An encoder by its class path, from a checkpoint folder."""
     module, _, name = path.rpartition(".")
     try:
-        encoder: Encoder = getattr(importlib.import_module(module), name).from_pretrained(pretrained)
+        encoder: Encoder = getattr(importlib.import_module(module), name).from_pretrained(pretrained, **settings)
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise InputError(
             f"cannot make an encoder of {path} and {pretrained} ({error}); expected the path of a class with "

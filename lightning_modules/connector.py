@@ -236,6 +236,11 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         attend_in_float32(self.transformer, self.device)
         if hasattr(data, "sizes"):
             pipeline.require_sizes(data.size_multiple, data.sizes.values())
+        self.on_validation_start()
+
+    def on_validation_start(self) -> None:
+        """Moves the frozen parts to the device; validation alone has no other hook that does."""
+        self.pipeline()
         if self._texts is not None:
             self._texts.pipeline.to(self.device)
 

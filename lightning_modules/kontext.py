@@ -188,6 +188,10 @@ class KontextModule(GradientHooks, L.LightningModule):
             logger.info("embedding the captions, once")
             self._prompts.fill(trainer.datamodule.prompts())
 
+    def on_validation_start(self) -> None:
+        """Moves the frozen parts to the device; validation alone has no other hook that does."""
+        self.pipeline()
+
     def on_train_start(self) -> None:
         """Compiles for the shapes of each task, so that the first steps need not."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.index import sidecars
 from lightning_modules.folders import is_hub_id, is_pocket_part, located
 from lightning_modules.networks import Conditioner
-from lightning_modules.networks.compile import has_cpp_compiler
+from lightning_modules.networks.compile import missing_compiler
 from lightning_modules.networks.conditioner import KNOWN_CLASSES
 from lightning_modules.networks.kontext_transformer import KontextTransformer
 from lightning_modules.networks.loading import CheckpointError, check_weights, read_json, require_parts, stored_shapes
@@ -85,8 +85,8 @@ def accelerators() -> Iterator[Finding]:
         yield Finding(level, f"GPU {i}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB{bf16}")
     if not count:
         yield Finding("note", "GPU", "none that this torch can use: runs on the CPU")
-        if not has_cpp_compiler():
-            yield Finding("note", "compiler", "no C++ compiler: compile falls back to eager; install g++")
+    if (missing := missing_compiler()) is not None:
+        yield Finding("note", "compiler", f"{missing}: compile falls back to eager; install gcc and g++")
 
 
 def requested_devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:

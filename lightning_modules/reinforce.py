@@ -224,7 +224,11 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         size, rewards = self.sampling.micro_groups, of_task(self.rewards, batch.task)
         beside = all(each.beside for each in rewards.values())
         pending: list[tuple[Rollout, Future[dict[str, Tensor]]]] = []
-        with ThreadPoolExecutor(1) as pool, self.snapshots.using(self.regularisation.sampler):
+        # A thread begins on the first GPU, and a reward may take "cuda" for this device's.
+        here: Any = {}
+        if self.device.type == "cuda":
+            here = {"initializer": torch.cuda.set_device, "initargs": (self.device,)}
+        with ThreadPoolExecutor(1, **here) as pool, self.snapshots.using(self.regularisation.sampler):
             for start in range(0, len(batch), size):
                 part = batch.rows(start, start + size)
                 rollout = self.sample(part)

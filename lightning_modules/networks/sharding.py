@@ -42,7 +42,8 @@ def shard(transformer: Any, mesh: DeviceMesh, compute: Compute) -> None:
     root = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in transformer.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32))
-    fully_shard(transformer, mesh=mesh, mp_policy=root)
+    # By default the root's own weights stay gathered after a forward pass, and other ones that are put in would wait.
+    fully_shard(transformer, mesh=mesh, mp_policy=root, reshard_after_forward=True)
 
 
 def plain_positions(config: Mapping[str, Any]) -> Tensor:

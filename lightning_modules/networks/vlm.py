@@ -161,9 +161,8 @@ class Vlm(nn.Module):
 
         Conversations are read `rows` at a time, filled up where there are fewer, those of one geometry together: so the
         same one gives the same bits whatever is beside it. As the model is causal, padding behind changes nothing.
-        On a GPU, which one conversation keeps busy, each is read alone.
+        On a GPU, which one picture keeps busy, each that shows some is read alone.
         """
-        rows = 1 if self.device.type == "cuda" else rows
         found: list[Features | None] = [None] * len(conversations)
         seen = [[self.patches(picture) for picture in own] for own in pictures]
         grids = [[grid for _, grid in own] for own in seen]
@@ -174,9 +173,10 @@ class Vlm(nn.Module):
         ]
         for shape in [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]:
             length, alike = shape[0], [i for i, own in enumerate(shapes) if own == shape]
-            for start in range(0, len(alike), rows):
-                chunk = alike[start : start + rows]
-                full = chunk + [chunk[0]] * (rows - len(chunk))
+            together = 1 if self.device.type == "cuda" and shape[1] else rows
+            for start in range(0, len(alike), together):
+                chunk = alike[start : start + together]
+                full = chunk + [chunk[0]] * (together - len(chunk))
                 places = [self.positions(ids[i], grids[i]) for i in full]
                 layers = self._read([ids[i] for i in full], [seen[i] for i in full], places, length)
                 for row, i in enumerate(chunk):

@@ -21,9 +21,10 @@ from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import Features, FeatureStore
 from data_pipeline.counters import draw
 from lightning_modules.networks.autoencoder import encode_moments, sample_latents
+from lightning_modules.networks.compute import Compute, Precision
 from lightning_modules.pipelines.kontext import KontextPipeline
 
-CHUNK = 8  # pictures
+CHUNK = 8  # pictures, and on a GPU texts
 TEXTS = 32
 
 
@@ -166,17 +167,18 @@ class TextEncoder:
         return self
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> TextEncoder:
-        """The text encoders of a checkpoint folder."""
-        return cls(KontextPipeline.from_pretrained(folder))
+    def from_pretrained(cls, folder: str, precision: Precision = "float32") -> TextEncoder:
+        """The text encoders of a checkpoint folder, as a run has them."""
+        return cls(KontextPipeline.from_pretrained(folder, text_dtype=Compute(frozen=precision).frozen_dtype))
 
     @torch.no_grad()
     def encode(self, inputs: Sequence[str]) -> list[Features]:
         """Sequence and pooled embeddings of distinct texts."""
         found: list[Features] = []
-        for start in range(0, len(inputs), TEXTS):
-            chunk = list(inputs[start : start + TEXTS])
-            padding = [f"{i}" for i in range(TEXTS - len(chunk))]
+        texts = CHUNK if self.pipeline.device.type == "cuda" else TEXTS  # a GPU is busy with fewer, and a batch has few
+        for start in range(0, len(inputs), texts):
+            chunk = list(inputs[start : start + texts])
+            padding = [f"{i}" for i in range(texts - len(chunk))]
             with own_precision(self.pipeline.transformer):
                 sequence, pooled = self.pipeline.encode_unique([*chunk, *padding])
             found += [{"sequence": sequence[i].clone(), "pooled": pooled[i].clone()} for i in range(len(chunk))]

@@ -84,7 +84,11 @@ class MetaqueryPipeline(KontextPipeline):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: Any, vlm: str | Path | None = None, torch_dtype: torch.dtype | None = None
+        cls,
+        pretrained_model_name_or_path: Any,
+        vlm: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        vlm_dtype: torch.dtype | None = None,
     ) -> MetaqueryPipeline:
         """Loads a folder with `conditioner/`, such as Skywork's release or an export.
 
@@ -92,12 +96,13 @@ class MetaqueryPipeline(KontextPipeline):
             pretrained_model_name_or_path: the folder.
             vlm: folder of a Qwen2.5-VL; by default `vlm/` of the folder, which a release does not have.
             torch_dtype: of all weights.
+            vlm_dtype: of the VLM's, where they differ.
         """
         folder = Path(pretrained_model_name_or_path)
         require_conditioner(folder)
         conditioner = Conditioner.from_pretrained(folder, subfolder="conditioner", torch_dtype=torch_dtype)
         settings = querying_of(folder)
-        return cls.assembled(folder, conditioner.eval(), vlm_of(folder, vlm), settings, torch_dtype)
+        return cls.assembled(folder, conditioner.eval(), vlm_of(folder, vlm), settings, torch_dtype, vlm_dtype)
 
     @classmethod
     def assembled(

@@ -20,9 +20,7 @@ def open_folder(folder: Path, vlm: str | None = None, text_dtype: torch.dtype = 
     `text_dtype` is that of frozen text encoders, or of the VLM.
     """
     if (folder / "conditioner").is_dir():
-        pipeline = MetaqueryPipeline.from_pretrained(folder, vlm)
-        pipeline.vlm.to(text_dtype)
-        return pipeline
+        return MetaqueryPipeline.from_pretrained(folder, vlm, vlm_dtype=text_dtype)
     if vlm is not None:
         raise CheckpointError(f"{folder} has no conditioner/, which would query the VLM {vlm}; leave vlm out (null)")
     return KontextPipeline.from_pretrained(folder, text_dtype=text_dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch._dynamo
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -312,6 +314,8 @@ def main() -> None:
                     f"{found['peak']:.1f} |"
                 )
                 print(rows[-1], flush=True)
+                torch._dynamo.reset()  # the graphs of one case are no use to the next
+                gc.collect()  # a Trainer and its module hold one another
                 if GPU:
                     torch.cuda.empty_cache()
                 if GPU and cached and compiled and name in BARS and found["rate"] < BARS[name]:

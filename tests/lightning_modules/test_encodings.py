@@ -14,7 +14,8 @@ from data_pipeline.datamodule import Cache, ShardDataModule
 from data_pipeline.dataset import Augmentation
 from lightning_modules.connector import ConnectorModule
 from lightning_modules.kontext import KontextModule
-from lightning_modules.pipelines import encoders
+from lightning_modules.networks.compute import Compute
+from lightning_modules.pipelines import KontextPipeline, encoders
 
 
 class Losses(L.Callback):
@@ -108,3 +109,24 @@ def test_a_vlm_reads_the_same_pixels_beside_cached_moments(
         module = ConnectorModule(folder, train=["connector", "transformer"], steps=8, feature_cache=features)
         found.append(losses(built, tmp_path, cache, module=module, reference_pixels=True, **options))
     assert found[0].found == found[1].found == found[2].found and all(found[1].encoded) and not any(found[0].encoded)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_texts_encoded_ahead_are_those_that_a_run_looks_up(
+    built: tuple[str, str], tmp_path: Path, precision: str
+) -> None:
+    """Whatever the precision of the files, which for SD3.5-Medium is float16."""
+    folder = tmp_path / "half"
+    pipeline = KontextPipeline.from_pretrained(built[0], text_dtype=torch.float16)
+    pipeline.save_pretrained(folder)
+    ahead = encoders.TextEncoder.from_pretrained(str(folder), precision)
+    module = KontextModule(str(folder), compute=Compute(frozen=precision))
+    module.configure_model()
+    assert ahead.fingerprint == module._prompts.encoder.fingerprint
+
+
+def test_validation_alone_moves_the_frozen_parts(built: tuple[str, str], tmp_path: Path) -> None:
+    for module in (KontextModule(built[0]), ConnectorModule(str(micro_metaquery(tmp_path / "metaquery")))):
+        module.configure_model()
+        module.to("meta").on_validation_start()
+        assert next(module._pipeline.vae.parameters()).device.type == "meta"

@@ -13,6 +13,7 @@ from rl import SAMPLING, made, prompts, trained
 from data_pipeline.errors import InputError
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.pipelines import MetaqueryPipeline
+from lightning_modules.pipelines.opening import open_folder
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.settings import Regularisation, Sampling
 
@@ -78,3 +79,10 @@ def test_what_cannot_be_reinforced_is_named(folder: str, tmp_path: Path) -> None
     with pytest.raises(InputError, match="a connector's is what it was"):
         made(folder, train_connector=True, regularisation=Regularisation(reference=folder, velocity_kl=0.1))
     assert made(folder, vlm=str(built_vlm())).configure_model() is None
+
+
+def test_a_frozen_vlm_of_low_precision_knows_exactly_where_its_tokens_are(folder: str) -> None:
+    vlm = open_folder(Path(folder), text_dtype=torch.bfloat16).vlm
+    assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
+    frequencies = [buffer for name, buffer in vlm.named_buffers() if name.endswith("inv_freq")]
+    assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks import KontextTransformer, compile
 from lightning_modules.networks.compute import (
     Compute,
     attend_in_float32,
@@ -135,3 +135,22 @@ def test_a_download_that_is_not_complete_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.part").touch()
     with pytest.raises(CheckpointError, match=r"half downloaded: model\.safetensors\.part; download it again"):
         stored_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "there", "missing"),
+    [
+        (False, {"g++"}, None),
+        (False, {"gcc"}, "no C++ compiler"),
+        (True, {"gcc"}, None),
+        (True, set(), "no C compiler"),
+    ],
+)
+def test_a_missing_compiler_is_named(
+    gpu: bool, there: set[str], missing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(compile.shutil, "which", lambda name: name if name in there else None)
+    found = compile.missing_compiler()
+    assert found is None if missing is None else found.startswith(missing)
