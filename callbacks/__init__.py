@@ -4,6 +4,7 @@
 from callbacks.budget import Budget
 from callbacks.checkpoint import Checkpoint
 from callbacks.checkpoint_io import AtomicCheckpointIO
+from callbacks.dashboard import Dashboard
 from callbacks.ema import EMA
 from callbacks.export import Export
 from callbacks.nonfinite import NonFiniteError, NonFiniteGuard
@@ -18,6 +19,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "Budget",
     "Checkpoint",
+    "Dashboard",
     "Export",
     "NonFiniteError",
     "NonFiniteGuard",

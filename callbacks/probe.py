@@ -24,6 +24,9 @@ class Probe(Callback):
         every_n_steps: optimizer steps between two evaluations; the first is before training.
         stop_above: training ends once each of these metrics is at least so high.
         stop_below: training ends once one of these metrics has fallen so low: what other tasks must not lose.
+        tighten_below: each time one of these metrics is below that, `hold_tighter` of the stage module is called, which
+            for reinforcement multiplies the weights of all that holds it to its reference.
+        tighten_by: the factor.
     """
 
     def __init__(
@@ -32,13 +35,24 @@ class Probe(Callback):
         every_n_steps: int = 500,
         stop_above: dict[str, float] | None = None,
         stop_below: dict[str, float] | None = None,
+        tighten_below: dict[str, float] | None = None,
+        tighten_by: float = 2.0,
     ) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"Probe got every_n_steps={every_n_steps}; expected at least 1")
+        if every_n_steps < 1 or tighten_by <= 1:
+            raise InputError(
+                f"Probe got every_n_steps={every_n_steps}, tighten_by={tighten_by:g}; expected at least 1, and above 1"
+            )
+        self.tighten_below, self.tighten_by = tighten_below or {}, tighten_by
         self.benchmark, self.every_n_steps = benchmark, every_n_steps
         self.stop_above, self.stop_below = stop_above or {}, stop_below or {}
         self.metrics: dict[str, float] = {}
         self._step: int | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.tighten_below and not hasattr(stage(pl_module), "hold_tighter"):
+            raise InputError(
+                f"Probe: {type(stage(pl_module)).__name__} is held to no reference; use stop_below, not tighten_below"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._step is None:
@@ -54,7 +68,8 @@ class Probe(Callback):
         self._step = trainer.global_step
         with averaged(trainer, pl_module), inference(trainer, pl_module):
             self.metrics = evaluate(stage(pl_module).pipeline(), self.benchmark)
-        unknown = sorted((self.stop_above.keys() | self.stop_below.keys()) - self.metrics.keys())
+        named = self.stop_above.keys() | self.stop_below.keys() | self.tighten_below.keys()
+        unknown = sorted(named - self.metrics.keys())
         if unknown:
             raise InputError(f"Probe: there is no metric {', '.join(unknown)}; there are {', '.join(self.metrics)}")
         for trainer_logger in trainer.loggers:
@@ -66,6 +81,10 @@ class Probe(Callback):
         if reached or fallen:
             logger.info("stopping: %s", f"{', '.join(fallen)} fell too low" if fallen else "the goal is reached")
             trainer.should_stop = True
+        if low := [n for n, v in self.tighten_below.items() if self.metrics[n] < v]:
+            logger.info("%s fell too low: held %g times as tightly to the reference", ", ".join(low), self.tighten_by)
+            module: Any = stage(pl_module)
+            module.hold_tighter(self.tighten_by)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step}

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.atomic import replace_file
+from callbacks.dashboard import Dashboard
 from callbacks.ema import averaged
 from callbacks.sample_grid import inference
 from callbacks.stage import sharded, stage
@@ -35,8 +36,8 @@ class Summary(Callback):
 
     Holds the benchmark's metrics, the last losses, `seconds` (first to last optimiser step), `setup_seconds` (before),
     `eval_seconds` (the benchmark), `evaluations` (of the transformer, where the module counts them), what Throughput
-    counted, seed, versions and git commit; outcomes.json beside it holds the benchmark's outcome scene by scene. List
-    it after Export.
+    counted and Dashboard saw of rewards, seed, versions and git commit; outcomes.json beside it holds the benchmark's
+    outcome scene by scene. List it after Export.
 
     Args:
         benchmark: scenes or questions to evaluate on; None where the data has no ground truth.
@@ -75,6 +76,7 @@ class Summary(Callback):
             "eval_seconds": time.perf_counter() - started,
             "evaluations": getattr(pl_module, "evaluations", None),
             **throughput(trainer),
+            **rewards(trainer),
             "benchmark": None if self.benchmark is None else asdict(self.benchmark),
             "steps": trainer.global_step,
             "seed": self.seed,
@@ -119,6 +121,17 @@ def throughput(trainer: Trainer) -> dict[str, Any]:
             "samples_per_second": found.samples_per_second,
         }
     return facts
+
+
+def rewards(trainer: Trainer) -> dict[str, float]:
+    """What the Dashboard callback, if there is one, has seen of each reward: means of the first and last tenth."""
+    found = next((c for c in trainer.callbacks if isinstance(c, Dashboard)), None)  # type: ignore[attr-defined]
+    means = {}
+    for name, values in ({} if found is None else found.curves).items():
+        if name.startswith("reward/"):
+            tenth = -(-len(values) // 10)
+            means[f"{name}_first"], means[f"{name}_last"] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    return means
 
 
 def git_commit() -> str | None:

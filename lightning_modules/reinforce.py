@@ -122,6 +122,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.waiting: list[Rollout] = []
         self.anchor: ImageBatch | None = None
         self.evaluations, self.pictures, self.trained, self.idle = 0, 0, 0, 0
+        self.given, self.tightened = regularisation, 1.0
         self._pipeline: KontextPipeline | None = None
 
     def configure_model(self) -> None:
@@ -180,6 +181,11 @@ class ReinforceModule(GradientHooks, L.LightningModule):
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def hold_tighter(self, factor: float) -> None:
+        """Multiplies the weights of all that holds the policy to its reference."""
+        self.tightened *= factor
+        self.regularisation = self.given.tightened(self.tightened)
 
     def workload(self) -> Workload:
         """What a picture costs that is sampled and learned from, for plan."""
@@ -265,6 +271,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.log("rollouts/unscored", 1 - known.float().mean(), batch_size=1)
         useful_groups = sum(len(rollout.keys) for rollout in found)
         self.log("rollouts/useful", useful_groups / len(total), prog_bar=True, batch_size=1)
+        self.log("rollouts/flat", (known.sum() - useful_groups) / len(total), batch_size=1)
         return found
 
     @property
@@ -450,6 +457,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             "anchor": None if self.anchor is None else vars(self.anchor.to("cpu")),
             "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
             "counts": (self.evaluations, self.pictures, self.trained, self.idle),
+            "tightened": self.tightened,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -460,3 +468,5 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         waiting = saved["waiting"] if self.global_rank == 0 else []  # they are the first device's; others sample anew
         self.waiting = [Rollout.of(facts, tensors) for facts, tensors in waiting]
         self.evaluations, self.pictures, self.trained, self.idle = saved["counts"]
+        if saved["tightened"] != 1:
+            self.hold_tighter(saved["tightened"])

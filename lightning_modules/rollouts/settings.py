@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -93,6 +93,13 @@ class Regularisation:
             "ema": (self.ema_kl > 0, 1 - self.ema_decay),
         }
         return {name: rate for name, (needed, rate) in wanted.items() if needed}
+
+    def tightened(self, factor: float) -> Regularisation:
+        """Held so many times as tightly to the reference."""
+        if not self.velocity_kl + self.latent_kl + self.anchor:
+            raise InputError("nothing to hold tighter: set regularisation.velocity_kl, latent_kl or anchor above 0")
+        velocity, latent, anchor = (factor * weight for weight in (self.velocity_kl, self.latent_kl, self.anchor))
+        return replace(self, velocity_kl=velocity, latent_kl=latent, anchor=anchor)
 
     @property
     def asked(self) -> list[str]:
