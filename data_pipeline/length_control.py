@@ -45,7 +45,7 @@ def penalty(scores: Sequence[float], alpha: float, beta: float = 1.0, gamma: flo
 class LengthControl:
     """The repetition penalty of each record, from the columns that its scorer left in an index.
 
-    R1V does not say its constants; configs/data/chain_lengths.yaml sweeps them.
+    R1V does not say its constants; configs/evaluation/chain_lengths.yaml sweeps them.
 
     Args:
         scores: folder of shards whose indexes have the columns `cot_vision`, `cot_text`, `cot_integration`, over all of

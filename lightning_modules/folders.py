@@ -57,8 +57,8 @@ def planned_r1v(name: str) -> Path:
     """`r1v_folder` without building or downloading."""
     if not is_pocket_part(name):
         return located(name)
-    folder = Path("pocket", pocket_llm.LanguageRecipe().name, name.removeprefix(pocket_llm.POCKET))
-    return built(folder, "config.json")
+    part = name.removeprefix(pocket_llm.POCKET)
+    return built(pocket_llm.Recipe().folder(part, Path("pocket")) / part, "config.json")
 
 
 def is_pocket_part(name: str) -> bool:
@@ -69,7 +69,7 @@ def is_pocket_part(name: str) -> bool:
 def built(folder: Path, file: str) -> Path:
     """A pocket part that is whole."""
     if not (folder / file).is_file():
-        raise NotBuilt(f"{folder} is not built yet; fit does so when it first needs it, in about three minutes")
+        raise NotBuilt(f"{folder} is not built yet; fit does so when it first needs it, in minutes")
     return folder
 
 

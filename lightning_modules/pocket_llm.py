@@ -94,13 +94,17 @@ class Recipe:
     language: LanguageRecipe = LanguageRecipe()
     tower: TowerRecipe = TowerRecipe()
 
+    def folder(self, part: str, root: Path) -> Path:
+        """Where a part lies, beside those of its recipe."""
+        return root / (self.tower.name if part == "tower" else self.language.name)
+
 
 def resolve(path: str, root: Path = Path("pocket"), recipe: Recipe = Recipe()) -> Path:
     """The folder of a part: "pocket/reasoner" is built if it is missing, with what it needs; others are paths."""
     part = path.removeprefix(POCKET)
     if not path.startswith(POCKET) or part not in PARTS:
         return Path(path)
-    folder = root / (recipe.tower.name if part == "tower" else recipe.language.name)
+    folder = recipe.folder(part, root)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         build(folder, part, recipe)

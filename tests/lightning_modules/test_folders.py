@@ -25,6 +25,7 @@ from lightning_modules.folders import (
 from lightning_modules.kontext import KontextModule
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.planning import Plan, Run
+from lightning_modules.pocket_llm import Recipe
 
 HUB = {"Owner/micro": built, "Owner/vlm": built_vlm}
 
@@ -66,6 +67,14 @@ def test_pocket_parts_that_are_not_built_are_said_to_be_so(hub: list[dict[str, A
         with pytest.raises(NotBuilt, match="fit does so"):
             planned(name)
     assert not hub
+
+
+@pytest.mark.parametrize("part", ["tower", "reasoner"])
+def test_pocket_parts_that_are_built_are_planned_with(hub: list[dict[str, Any]], part: str) -> None:
+    folder = Recipe().folder(part, Path("pocket")) / part
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert planned_r1v(f"pocket/{part}") == folder
 
 
 def test_a_hubs_model_is_trained_and_planned_from_its_download(hub: list[dict[str, Any]]) -> None:
