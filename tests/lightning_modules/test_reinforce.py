@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -30,6 +31,7 @@ from lightning_modules.rollouts.algorithms import AWM, GRPO, Algorithm, Diffusio
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.samplers.sde import SAMPLERS, FlowSDE
 from lightning_modules.schedule import AdamW
 
 WINDOW = Window(2, (0, 3))
@@ -39,6 +41,7 @@ RATIO_BASED = [
     GRPO("dance", unit="gaussian", window=WINDOW),
     GRPO("precise", unit="gaussian", window=WINDOW),
     FlowDPPO(window=WINDOW),
+    FlowDPPO("cps", unit="squared", window=WINDOW),
     GRPOGuard(window=WINDOW),
 ]
 
@@ -370,6 +373,22 @@ def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path)
     wanted = (error.square().mean(1) / error.abs().mean(1)) * point.sigma  # |x0(v) - x0| = sigma |v - target|
     assert torch.allclose(loss / 5, wanted, rtol=1e-4)
     assert flow_matching(v, target, torch.ones(len(v))).item() > 0
+
+
+def test_defaults_are_the_published_settings_of_each_algorithm() -> None:
+    assert FlowDPPO() == FlowDPPO("flow", noise=None, unit="gaussian", limit=1e-5) and FlowDPPO().steps == FlowSDE(0.7)
+    clips = {name: GRPO(name, unit=kind().unit).clip_range for name, kind in SAMPLERS.items()}
+    assert clips == {"flow": 1e-4, "dance": 1e-4, "cps": 1e-5, "precise": 4e-6}
+    assert GRPO(clip=0.2).clip_range == 0.2 and AWM().points_per_picture == 6
+
+
+def test_the_largest_advantage_weighs_one_in_advantage_weighted_matching(folder: str, tmp_path: Path) -> None:
+    module = made(folder, AWM())
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    point = next(AWM().points(rollout, partial(module.draw_points, 0, len(rollout))))
+    v = torch.zeros_like(point.x)
+    loss, _ = AWM().loss(v, v, point, rollout, torch.tensor([5.0, -5.0, 2.5, 0.0, 9.0, -1.0]))
+    assert torch.allclose(loss, torch.tensor([-1.0, 1.0, -0.5, 0.0, -1.0, 0.2]))
 
 
 @pytest.mark.parametrize("name", ["GRPO", "FlowDPPO", "GRPOGuard", "DiffusionNFT", "AWM"])
