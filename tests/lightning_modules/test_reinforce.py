@@ -35,6 +35,7 @@ from lightning_modules.samplers.sde import SAMPLERS, FlowSDE
 from lightning_modules.schedule import AdamW
 
 WINDOW = Window(2, (0, 3))
+KL = Regularisation(latent_kl=0.1)
 RATIO_BASED = [
     GRPO(window=WINDOW),
     GRPO("flow", unit="gaussian", window=WINDOW),
@@ -413,11 +414,24 @@ def test_a_config_can_name_every_algorithm(name: str) -> None:
         (lambda: Regularisation(ema_kl=-1.0), "at least 0"),
         (lambda: ReinforceModule("x", {}, AWM(), regularisation=Regularisation(latent_kl=0.1)), "which AWM has not"),
         (lambda: Weighted(Brightness(), math.nan), "weight"),
+        (
+            lambda: made("x", GRPO(window=Window(2, (0, 5)))),
+            "0 to 5 ends after the last of sampling.num_inference_steps 4; let",
+        ),
+        (lambda: made("x", GRPO("precise", unit="gaussian", window=Window(1, (0, 4)))), "no noise at step 3 of 4"),
+        (lambda: made("x", GRPO("flow", 0.0, "gaussian", WINDOW)), "'flow' adds no noise at step 0"),
+        (lambda: made("x", GRPOGuard("dance", 0.0, window=WINDOW)), "its log-probability divides by it"),
+        (lambda: made("x", GRPO(window=Window(1, (3, 4))), regularisation=KL), "latent_kl divides by it"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(wrong, match: str) -> None:
     with pytest.raises(InputError, match=match):
         wrong()
+
+
+def test_a_step_without_noise_is_allowed_where_nothing_divides_by_it() -> None:
+    made("x", GRPO(window=Window(1, (3, 4))))  # CPS, whose unit is the square alone
+    made("x", GRPO("flow", unit="gaussian", window=Window(1, (3, 4))), regularisation=KL)
 
 
 def test_a_task_without_a_reward_is_named(folder: str, tmp_path: Path) -> None:
