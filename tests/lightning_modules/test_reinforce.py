@@ -27,6 +27,7 @@ from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.reinforce import PATIENCE, ReinforceModule
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted
+from lightning_modules.rollouts.advantages import Advantages, decoupled
 from lightning_modules.rollouts.algorithms import AWM, GRPO, Algorithm, DiffusionNFT, FlowDPPO, GRPOGuard, Window
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
@@ -390,6 +391,25 @@ def test_the_largest_advantage_weighs_one_in_advantage_weighted_matching(folder:
     v = torch.zeros_like(point.x)
     loss, _ = AWM().loss(v, v, point, rollout, torch.tensor([5.0, -5.0, 2.5, 0.0, 9.0, -1.0]))
     assert torch.allclose(loss, torch.tensor([-1.0, 1.0, -0.5, 0.0, -1.0, 0.2]))
+
+
+def test_decoupled_advantages_do_not_depend_on_how_groups_are_packed(folder: str, tmp_path: Path) -> None:
+    sampling = replace(SAMPLING, groups=4, micro_groups=4)
+    weights = {"bright": Weighted(Brightness(), 1.0), "even": Weighted(Brightness(), 0.3)}
+    module = made(folder, advantages=Advantages("decoupled"), sampling=sampling)
+    module.rewards = weights
+    whole = {task: sampled(module, prompts(0, task, count=4), tmp_path) for task in ("edit", "text_to_image")}
+    for seed, rollout in enumerate(whole.values()):
+        generator = torch.Generator().manual_seed(seed)
+        rollout.rewards = {name: torch.rand(4, 3, generator=generator) for name in weights}
+    # Each task has a scale of its own, that of all its groups.
+    wanted = torch.cat([decoupled(rollout.rewards, module.weights).flatten() for rollout in whole.values()])
+    for size in (1, 2, 4):
+        module.sampling = replace(sampling, micro_groups=size)
+        parts = [each.select(range(i, i + size)) for each in whole.values() for i in range(0, 4, size)]
+        assert torch.allclose(torch.cat(module.advantages_of(parts)), wanted, rtol=1e-6)
+    first = whole["edit"].select([0])
+    assert not torch.allclose(decoupled(first.rewards, module.weights).flatten(), wanted[:3], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["GRPO", "FlowDPPO", "GRPOGuard", "DiffusionNFT", "AWM"])
