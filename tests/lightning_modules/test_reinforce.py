@@ -93,6 +93,26 @@ def test_log_probabilities_agree_bitwise_and_the_first_ratio_is_one(folder: str,
     assert module.transformer.proj_out.weight.grad.abs().max() > 0
 
 
+def test_the_first_ratio_of_weighted_matching_is_one(folder: str, tmp_path: Path) -> None:
+    module = made(folder, AWM())
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    policy = Policy.of(module.transformer, rollout, 1.0)
+    for point in AWM().points(rollout, partial(module.draw_points, 0, len(rollout))):
+        v = policy(point.x, point.sigma)
+        _, metrics = AWM().loss(v, v.detach(), point, rollout, torch.ones(len(rollout)))
+        assert metrics["ratio_mean"] == 1 and metrics["ratio_std"] == 0 and metrics["clipped"] == 0
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(window=WINDOW), AWM()], ids=lambda a: type(a).__name__)
+def test_the_first_ratio_to_a_policy_that_follows_slowly_is_one(folder: str, algorithm, tmp_path: Path) -> None:
+    advantages = Advantages("decoupled")
+    module = made(folder, algorithm, regularisation=Regularisation(old_rate=0.5), advantages=advantages)
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.setdefault(name, float(value))
+    trained(module, [prompts(0)], 1, tmp_path)
+    assert logged["train/ratio_mean"] == 1 and logged["train/ratio_std"] == 0
+
+
 def test_under_autocast_sampling_and_learning_agree_and_rewards_see_exact_pictures(folder: str, tmp_path: Path) -> None:
     module = made(folder, GRPO(window=WINDOW))
     exact = sampled(module, prompts(0, count=2), tmp_path).trajectory
@@ -346,6 +366,20 @@ def test_every_regularisation_has_a_gradient_and_its_cost_is_counted(folder: str
     # targets to learn, each a forward and a backward pass, and 4 to keep, each with a pass of the reference too.
     assert module.evaluations == 3 * (12 * 4 + 12 * 2 * (3 + 3) + 4 * 3 + 4 * 4)
     assert logged["cost/per_picture"] == pytest.approx(module.evaluations / 36)
+
+
+@pytest.mark.parametrize("name", ["latent_kl", "velocity_kl", "ema_kl"])
+def test_each_divergence_pulls_on_the_weights(name: str, folder: str, tmp_path: Path) -> None:
+    settings = Regularisation(**{name: 0.1})
+    module = made(folder, GRPO("flow", unit="gaussian", window=WINDOW), regularisation=settings)
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    policy = Policy.of(module.transformer, rollout, 1.0)
+    point = next(module.algorithm.points(rollout, module.draw_points))
+    v = policy(point.x, point.sigma)
+    others = dict.fromkeys(("reference", "ema"), v.detach() + 0.1)
+    ((_, weight, divergence),) = settings.divergences(module.algorithm, v, others, point, rollout)
+    (weight * divergence).mean().backward()
+    assert module.transformer.proj_out.weight.grad.abs().max() > 0
 
 
 def test_the_published_preset_costs_74_forward_passes_a_picture(folder: str, tmp_path: Path) -> None:
