@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import lightning as L
 import torch
@@ -40,7 +41,7 @@ from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted, judge, of_task, score
 from lightning_modules.rollouts import collect
-from lightning_modules.rollouts.advantages import Advantages, weighted_sum
+from lightning_modules.rollouts.advantages import Advantages, normalised_sum, weighted_sum
 from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased
 from lightning_modules.rollouts.arithmetic import resolve
 from lightning_modules.rollouts.policy import Policy
@@ -353,7 +354,10 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         first = self.global_rank * len(rollouts)  # no two devices draw alike
-        logs = [entry for i, rollout in enumerate(rollouts) for entry in self.learn(rollout, first + i, len(rollouts))]
+        judged = zip(rollouts, self.advantages_of(rollouts), strict=True)
+        logs = [
+            entry for i, (one, worth) in enumerate(judged) for entry in self.learn(one, worth, first + i, len(rollouts))
+        ]
         for name, weight, loss in self.on_targets(batch):
             self.manual_backward(weight * loss)
             self.log(f"train/{name}", loss.detach(), batch_size=1)
@@ -369,10 +373,25 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.log("cost/per_picture", self.evaluations / self.pictures, batch_size=1)
         self.log("cost/per_trained_picture", self.evaluations / self.trained, batch_size=1)
 
-    def learn(self, rollout: Rollout, number: int, count: int) -> Iterator[dict[str, Tensor]]:
+    def advantages_of(self, rollouts: list[Rollout]) -> list[Float[Tensor, " b"]]:
+        """Advantages of each rollout's pictures; GDPO's scale is of all groups of its task, on all devices."""
+        every: list[Tensor | None] = [None] * len(rollouts)
+        if self.advantages.kind == "decoupled":
+            floor = self.advantages.std_floor
+            own = torch.cat([normalised_sum(one.rewards, self.weights, floor) for one in rollouts]).to(self.device)
+            # Devices have equally many groups, but not of each task: a number for its name goes with each.
+            named = [crc32(one.task.encode()) for one in rollouts]
+            rows = torch.tensor(named, device=self.device).repeat_interleave(self.sampling.micro_groups)
+            sums, tasks = self.all_gather(own).flatten(0, -2), self.all_gather(rows).flatten()
+            every = [sums[tasks == task] for task in named]
+        found = (self.advantages(one.rewards, self.weights, sums) for one, sums in zip(rollouts, every, strict=True))
+        return [values.flatten().to(self.device) for values in found]
+
+    def learn(
+        self, rollout: Rollout, advantages: Float[Tensor, " b"], number: int, count: int
+    ) -> Iterator[dict[str, Tensor]]:
         """Adds the gradients of one rollout of `count`; yields what to log of each point."""
         policy = Policy.of(self.transformer, rollout, self.sampling.guidance_scale)
-        advantages = self.advantages(rollout.rewards, self.weights).flatten().to(self.device)
         points = list(self.algorithm.points(rollout, partial(self.draw_points, number, len(rollout))))
         frozen = {name: self.under(name, policy, points) for name in self.regularisation.asked}
         for i, point in enumerate(points):

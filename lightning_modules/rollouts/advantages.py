@@ -32,14 +32,23 @@ def win_rates(rewards: Groups, margin: float = 0.0) -> Groups:
 
 
 # GDPO, as DeepGen (arXiv 2602.12205) has it: each reward is normalised before they are summed, so that none drowns.
-def decoupled(rewards: Mapping[str, Groups], weights: Mapping[str, float], floor: float = 1e-4) -> Groups:
-    """Weighted sum of each reward's group-normalised advantages, divided by the sum's std over all groups.
+def decoupled(
+    rewards: Mapping[str, Groups], weights: Mapping[str, float], floor: float = 1e-4, every: Groups | None = None
+) -> Groups:
+    """Weighted sum of each reward's group-normalised advantages, divided by the std over all groups of such sums.
 
-    A group with a member that has no reward (NaN) is NaN, and counts nothing in that of the others.
+    Those are `every`, the `normalised_sum` of an update's groups; None takes those of `rewards`. A group with a member
+    that has no reward (NaN) is NaN, and counts nothing in that of the others.
     """
-    total = torch.stack([weights[name] * group_normalised(values, floor) for name, values in rewards.items()]).sum(0)
-    known = total[total.isfinite().all(dim=1)]
+    total = normalised_sum(rewards, weights, floor)
+    every = total if every is None else every
+    known = every[every.isfinite().all(dim=1)]
     return total / known.std(correction=0).clamp_min(floor) if known.numel() else total
+
+
+def normalised_sum(rewards: Mapping[str, Groups], weights: Mapping[str, float], floor: float = 1e-4) -> Groups:
+    """Weighted sum of each reward's group-normalised advantages."""
+    return torch.stack([weights[name] * group_normalised(values, floor) for name, values in rewards.items()]).sum(0)
 
 
 def flat(rewards: Groups) -> Bool[Tensor, " p"]:
@@ -71,10 +80,12 @@ class Advantages:
         """Groups that something can be learned from."""
         return ~flat(total) & (total.std(dim=1, correction=0) > self.flat_below)
 
-    def __call__(self, rewards: Mapping[str, Groups], weights: Mapping[str, float]) -> Groups:
-        """Advantages of groups by their rewards, each weighed."""
+    def __call__(
+        self, rewards: Mapping[str, Groups], weights: Mapping[str, float], every: Groups | None = None
+    ) -> Groups:
+        """Advantages of groups by their rewards, each weighed; `every` as `decoupled` takes it."""
         if self.kind == "decoupled":
-            found = decoupled(rewards, weights, self.std_floor)
+            found = decoupled(rewards, weights, self.std_floor, every)
         else:
             total = weighted_sum(rewards, weights)
             found = group_normalised(win_rates(total) if self.kind == "win_rate" else total, self.std_floor)

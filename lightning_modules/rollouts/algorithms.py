@@ -161,17 +161,30 @@ def ratio_metrics(ratio: Samples, cut: Tensor) -> dict[str, Tensor]:
     return {"ratio_mean": ratio.mean(), "ratio_std": ratio.std(correction=0), "clipped": cut.float().mean()}
 
 
+# As published with each: Flow-GRPO and DanceGRPO, Flow-GRPO-Fast with CPS, Precise (arXiv 2605.23522).
+CLIPS = {"flow": 1e-4, "dance": 1e-4, "cps": 1e-5, "precise": 4e-6}
+
+
 @dataclass
 class GRPO(RatioBased):
-    """Flow-GRPO (arXiv 2505.05470) with PPO's clip; by default its fast variant: a window, CPS noise, no guidance."""
+    """Flow-GRPO (arXiv 2505.05470) with PPO's clip; by default its fast variant: a window, CPS noise, no guidance.
 
-    clip: float = 1e-5
+    Attributes:
+        clip: of the ratio; None takes the one that was published with the sampler.
+    """
+
+    clip: float | None = None
+
+    @property
+    def clip_range(self) -> float:
+        """How far a ratio may be from 1."""
+        return CLIPS[self.sampler] if self.clip is None else self.clip
 
     def loss(
         self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        ratio = torch.exp(self.compare(v, v_old, point, rollout).log_ratio)
-        return ppo_clip(ratio, advantages, self.clip), ratio_metrics(ratio, (ratio - 1).abs() > self.clip)
+        ratio, clip = torch.exp(self.compare(v, v_old, point, rollout).log_ratio), self.clip_range
+        return ppo_clip(ratio, advantages, clip), ratio_metrics(ratio, (ratio - 1).abs() > clip)
 
 
 @dataclass
@@ -179,8 +192,13 @@ class FlowDPPO(RatioBased):
     """Flow-DPPO (arXiv 2606.11025): a mask by divergence in place of a clip by ratio.
 
     With a sampler whose unit is "squared" the divergence is the plain mean square of the means' difference.
+
+    Attributes:
+        limit: of the divergence; as published, for that of Gaussians and Flow-GRPO's sampler with noise 0.7.
     """
 
+    sampler: Literal["flow", "dance", "cps", "precise"] = "flow"
+    unit: Unit = "gaussian"
     limit: float = 1e-5
 
     def loss(
@@ -272,12 +290,16 @@ class AWM(ForwardProcess):
     """Advantage-weighted matching (arXiv 2509.25050): the flow-matching loss as log-probability, and PPO's loss on it.
 
     Attributes:
+        points_per_picture: as those of ForwardProcess.
         clip: of the ratio; 1 is as good as none.
         power: of the generalised Huber loss.
+        advantage_limit: the advantage that weighs 1.
     """
 
+    points_per_picture: int = 6
     clip: float = 1.0
     power: float = 0.25
+    advantage_limit: float = 5.0
 
     def loss(
         self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
@@ -286,4 +308,5 @@ class AWM(ForwardProcess):
         target = path.velocity(rollout.trajectory.x0, point.noise)
         new, old = (matching_log_prob(each, target, point.sigma, self.power) for each in (v, v_old))
         ratio = torch.exp(new - old).to(advantages.dtype)
-        return ppo_clip(ratio, advantages, self.clip), ratio_metrics(ratio, (ratio - 1).abs() > self.clip)
+        weights = (advantages / self.advantage_limit).clamp(-1, 1)
+        return ppo_clip(ratio, weights, self.clip), ratio_metrics(ratio, (ratio - 1).abs() > self.clip)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from data_pipeline.errors import InputError
-from lightning_modules.rollouts.algorithms import Algorithm
+from lightning_modules.rollouts.algorithms import Algorithm, RatioBased
 from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.samplers.timesteps import schedule
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def resolve(
     devices: int = 1,
     prompts: int | None = None,
 ) -> Arithmetic:
-    """The arithmetic of these settings. InputError, with the nearest that work, where groups cannot be shared out.
+    """The arithmetic of these settings.
+
+    InputError, with the nearest that work, where groups cannot be shared out, or where `require_noise` finds a fault.
 
     Args:
         sampling, algorithm, regularisation: as a run has them.
@@ -130,10 +133,36 @@ def resolve(
         devices: that train.
         prompts: of a device's batch.
     """
+    if isinstance(algorithm, RatioBased):
+        require_noise(sampling, algorithm, regularisation)
     backward = (1 if adapters else 2) + recompute
     copies, points = len(regularisation.asked), algorithm.points_per_picture
     targets = regularisation.supervised > 0, regularisation.anchor > 0
     return Arithmetic(sampling, points, backward, copies, *targets, devices, prompts)
+
+
+def require_noise(sampling: Sampling, algorithm: RatioBased, regularisation: Regularisation) -> None:
+    """InputError where a window leaves the schedule, or divides by the noise of a step that adds none."""
+    steps, (first, last) = sampling.num_inference_steps, algorithm.window.within
+    if last > steps:
+        raise InputError(
+            f"algorithm.window: within {first} to {last} ends after the last of sampling.num_inference_steps {steps}; "
+            f"let it end at {steps} or before, or take more steps"
+        )
+    kl = regularisation.latent_kl > 0
+    if algorithm.steps.unit == "squared" and not kl:
+        return  # neither its log-probability nor its divergence divides by the standard deviation
+    # Which steps add no noise is the same for every shift.
+    levels = schedule(steps).tolist()
+    silent = [
+        i for i in range(first, last) if not algorithm.steps.coefficients(levels[i], levels[i + 1], levels[1]).std
+    ]
+    if silent:
+        raise InputError(
+            f"algorithm: {algorithm.sampler!r} adds no noise at step {silent[0]} of {steps}, and "
+            f"{'latent_kl' if kl else 'its log-probability'} divides by it; take a noise above 0, and a window within "
+            f"{first} to {steps - 1} at the most{', or velocity_kl' if kl else ''}"
+        )
 
 
 def multiples(number: int, divisor: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -26,19 +27,23 @@ from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.reinforce import PATIENCE, ReinforceModule
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted
+from lightning_modules.rollouts.advantages import Advantages, decoupled
 from lightning_modules.rollouts.algorithms import AWM, GRPO, Algorithm, DiffusionNFT, FlowDPPO, GRPOGuard, Window
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.samplers.sde import SAMPLERS, FlowSDE
 from lightning_modules.schedule import AdamW
 
 WINDOW = Window(2, (0, 3))
+KL = Regularisation(latent_kl=0.1)
 RATIO_BASED = [
     GRPO(window=WINDOW),
     GRPO("flow", unit="gaussian", window=WINDOW),
     GRPO("dance", unit="gaussian", window=WINDOW),
     GRPO("precise", unit="gaussian", window=WINDOW),
     FlowDPPO(window=WINDOW),
+    FlowDPPO("cps", unit="squared", window=WINDOW),
     GRPOGuard(window=WINDOW),
 ]
 
@@ -86,6 +91,26 @@ def test_log_probabilities_agree_bitwise_and_the_first_ratio_is_one(folder: str,
         assert metrics["ratio_mean"] == 1 and metrics["ratio_std"] == 0 and metrics["clipped"] == 0
         loss.mean().backward()
     assert module.transformer.proj_out.weight.grad.abs().max() > 0
+
+
+def test_the_first_ratio_of_weighted_matching_is_one(folder: str, tmp_path: Path) -> None:
+    module = made(folder, AWM())
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    policy = Policy.of(module.transformer, rollout, 1.0)
+    for point in AWM().points(rollout, partial(module.draw_points, 0, len(rollout))):
+        v = policy(point.x, point.sigma)
+        _, metrics = AWM().loss(v, v.detach(), point, rollout, torch.ones(len(rollout)))
+        assert metrics["ratio_mean"] == 1 and metrics["ratio_std"] == 0 and metrics["clipped"] == 0
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(window=WINDOW), AWM()], ids=lambda a: type(a).__name__)
+def test_the_first_ratio_to_a_policy_that_follows_slowly_is_one(folder: str, algorithm, tmp_path: Path) -> None:
+    advantages = Advantages("decoupled")
+    module = made(folder, algorithm, regularisation=Regularisation(old_rate=0.5), advantages=advantages)
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.setdefault(name, float(value))
+    trained(module, [prompts(0)], 1, tmp_path)
+    assert logged["train/ratio_mean"] == 1 and logged["train/ratio_std"] == 0
 
 
 def test_under_autocast_sampling_and_learning_agree_and_rewards_see_exact_pictures(folder: str, tmp_path: Path) -> None:
@@ -343,6 +368,20 @@ def test_every_regularisation_has_a_gradient_and_its_cost_is_counted(folder: str
     assert logged["cost/per_picture"] == pytest.approx(module.evaluations / 36)
 
 
+@pytest.mark.parametrize("name", ["latent_kl", "velocity_kl", "ema_kl"])
+def test_each_divergence_pulls_on_the_weights(name: str, folder: str, tmp_path: Path) -> None:
+    settings = Regularisation(**{name: 0.1})
+    module = made(folder, GRPO("flow", unit="gaussian", window=WINDOW), regularisation=settings)
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    policy = Policy.of(module.transformer, rollout, 1.0)
+    point = next(module.algorithm.points(rollout, module.draw_points))
+    v = policy(point.x, point.sigma)
+    others = dict.fromkeys(("reference", "ema"), v.detach() + 0.1)
+    ((_, weight, divergence),) = settings.divergences(module.algorithm, v, others, point, rollout)
+    (weight * divergence).mean().backward()
+    assert module.transformer.proj_out.weight.grad.abs().max() > 0
+
+
 def test_the_published_preset_costs_74_forward_passes_a_picture(folder: str, tmp_path: Path) -> None:
     """Flow-GRPO's ten steps with guidance, nine of them trained with a KL term, and LoRA: spec of its authors' code."""
     module = made(
@@ -372,6 +411,41 @@ def test_matching_without_contrast_is_flow_matching(folder: str, tmp_path: Path)
     assert flow_matching(v, target, torch.ones(len(v))).item() > 0
 
 
+def test_defaults_are_the_published_settings_of_each_algorithm() -> None:
+    assert FlowDPPO() == FlowDPPO("flow", noise=None, unit="gaussian", limit=1e-5) and FlowDPPO().steps == FlowSDE(0.7)
+    clips = {name: GRPO(name, unit=kind().unit).clip_range for name, kind in SAMPLERS.items()}
+    assert clips == {"flow": 1e-4, "dance": 1e-4, "cps": 1e-5, "precise": 4e-6}
+    assert GRPO(clip=0.2).clip_range == 0.2 and AWM().points_per_picture == 6
+
+
+def test_the_largest_advantage_weighs_one_in_advantage_weighted_matching(folder: str, tmp_path: Path) -> None:
+    module = made(folder, AWM())
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    point = next(AWM().points(rollout, partial(module.draw_points, 0, len(rollout))))
+    v = torch.zeros_like(point.x)
+    loss, _ = AWM().loss(v, v, point, rollout, torch.tensor([5.0, -5.0, 2.5, 0.0, 9.0, -1.0]))
+    assert torch.allclose(loss, torch.tensor([-1.0, 1.0, -0.5, 0.0, -1.0, 0.2]))
+
+
+def test_decoupled_advantages_do_not_depend_on_how_groups_are_packed(folder: str, tmp_path: Path) -> None:
+    sampling = replace(SAMPLING, groups=4, micro_groups=4)
+    weights = {"bright": Weighted(Brightness(), 1.0), "even": Weighted(Brightness(), 0.3)}
+    module = made(folder, advantages=Advantages("decoupled"), sampling=sampling)
+    module.rewards = weights
+    whole = {task: sampled(module, prompts(0, task, count=4), tmp_path) for task in ("edit", "text_to_image")}
+    for seed, rollout in enumerate(whole.values()):
+        generator = torch.Generator().manual_seed(seed)
+        rollout.rewards = {name: torch.rand(4, 3, generator=generator) for name in weights}
+    # Each task has a scale of its own, that of all its groups.
+    wanted = torch.cat([decoupled(rollout.rewards, module.weights).flatten() for rollout in whole.values()])
+    for size in (1, 2, 4):
+        module.sampling = replace(sampling, micro_groups=size)
+        parts = [each.select(range(i, i + size)) for each in whole.values() for i in range(0, 4, size)]
+        assert torch.allclose(torch.cat(module.advantages_of(parts)), wanted, rtol=1e-6)
+    first = whole["edit"].select([0])
+    assert not torch.allclose(decoupled(first.rewards, module.weights).flatten(), wanted[:3], rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["GRPO", "FlowDPPO", "GRPOGuard", "DiffusionNFT", "AWM"])
 def test_a_config_can_name_every_algorithm(name: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
@@ -394,11 +468,24 @@ def test_a_config_can_name_every_algorithm(name: str) -> None:
         (lambda: Regularisation(ema_kl=-1.0), "at least 0"),
         (lambda: ReinforceModule("x", {}, AWM(), regularisation=Regularisation(latent_kl=0.1)), "which AWM has not"),
         (lambda: Weighted(Brightness(), math.nan), "weight"),
+        (
+            lambda: made("x", GRPO(window=Window(2, (0, 5)))),
+            "0 to 5 ends after the last of sampling.num_inference_steps 4; let",
+        ),
+        (lambda: made("x", GRPO("precise", unit="gaussian", window=Window(1, (0, 4)))), "no noise at step 3 of 4"),
+        (lambda: made("x", GRPO("flow", 0.0, "gaussian", WINDOW)), "'flow' adds no noise at step 0"),
+        (lambda: made("x", GRPOGuard("dance", 0.0, window=WINDOW)), "its log-probability divides by it"),
+        (lambda: made("x", GRPO(window=Window(1, (3, 4))), regularisation=KL), "latent_kl divides by it"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(wrong, match: str) -> None:
     with pytest.raises(InputError, match=match):
         wrong()
+
+
+def test_a_step_without_noise_is_allowed_where_nothing_divides_by_it() -> None:
+    made("x", GRPO(window=Window(1, (3, 4))))  # CPS, whose unit is the square alone
+    made("x", GRPO("flow", unit="gaussian", window=Window(1, (3, 4))), regularisation=KL)
 
 
 def test_a_task_without_a_reward_is_named(folder: str, tmp_path: Path) -> None:

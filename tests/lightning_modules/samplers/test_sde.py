@@ -58,6 +58,15 @@ def test_without_noise_each_step_is_eulers(kind: type) -> None:
         assert c == pytest.approx((1.0, sigmas[i + 1].item() - sigmas[i].item(), 0.0), abs=1e-7)
 
 
+def test_without_noise_a_window_of_cps_walks_as_the_ode_to_the_end() -> None:
+    # The others' log-probabilities divide by the noise.
+    sigmas, x = schedule(8, 3.0), noise()(0)
+    exact = lambda x, s: velocity(x, s).float()  # noqa: E731
+    found = sde.sample(exact, x, sigmas, CPS(0.0), (1, 8), noise())
+    assert torch.allclose(found.x0, ode.euler(exact, x, sigmas), atol=1e-5)
+    assert (found.log_probs == 0).all() and found.states.shape[0] == 8
+
+
 def mixture_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """The exact velocity where x0 is -1 or 1 (one in three and two in three) with a standard deviation of 0.2."""
     s = sigma.double()[:, None, None]
