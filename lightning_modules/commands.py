@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.chains import split
-from data_pipeline.counters import generator
+from data_pipeline.counters import counter_seed, generator
 from data_pipeline.errors import InputError
 from data_pipeline.records import slug
 from data_pipeline.sources.folder import EXTENSIONS
@@ -68,7 +69,11 @@ def run(argv: Sequence[str]) -> int:
     command.add_argument("--guidance", type=float, help="classifier-free guidance; default the benchmark's, else 3.5")
     command.add_argument("--negative", help="negative prompt; default the benchmark's, else the released one")
     command.add_argument("--size", type=positive, help="pixels of the longer side; default the config's image_size")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--max_new_tokens", type=positive, help="longest answer; default 64, an R1V model's benchmark's"
+    )
+    command.add_argument("--temperature", type=temperature, help="of answers; default 0, the likeliest token each time")
+    command.add_argument("--seed", type=int, default=0, help="of pictures, and of answers at a temperature above 0")
     arguments, overrides = parser.parse_known_args(argv)
     words = [word for override in overrides for word in override.split("=", 1)]
     if len(words) % 2 or not all(name.startswith("--") and "." in name for name in words[::2]):
@@ -79,9 +84,17 @@ def run(argv: Sequence[str]) -> int:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if int(text) < 1:
-        raise ValueError(text)
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text}; expected a whole number of at least 1")
     return int(text)
+
+
+def temperature(text: str) -> float:
+    """A finite number of at least 0."""
+    found = float(text)
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"is {text}; expected a finite number of at least 0")
+    return found
 
 
 def read_config(path: Path) -> dict:
@@ -163,7 +176,7 @@ def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     if arguments.output.resolve() in {request.source.resolve().parent for request in requests if request.source}:
         raise InputError(f"--output {arguments.output} holds the pictures to edit; choose another folder")
     if is_r1v(export_folder(arguments)):
-        return ask(export_folder(arguments), requests, arguments.output, config.get("benchmark") or {})
+        return ask(arguments, config.get("benchmark") or {}, requests)
     pipeline = load_export(arguments)
     size = arguments.size or config["data"].get("init_args", {}).get("image_size")
     if not size:
@@ -172,6 +185,12 @@ def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
     asked = any(request.question for request in requests)
     if asked and not isinstance(pipeline, MetaqueryPipeline):
         raise InputError(f"{arguments.input} asks questions, which this model cannot answer; take a Metaquery model")
+    decoding = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    decoding = {name: value for name, value in decoding.items() if value is not None}
+    if decoding and not asked:
+        raise InputError(
+            f"--{next(iter(decoding))} is for answers, and {arguments.input} asks no question; leave it out"
+        )
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed, answers = 0, list[str]()
     for i, request in enumerate(requests):
@@ -183,7 +202,8 @@ def predict(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
             continue
         if request.question:
             assert isinstance(pipeline, MetaqueryPipeline)
-            answer = pipeline.ask(request.prompt, source)[0]
+            drawn = counter_seed(arguments.seed, "answer", 0, i)
+            answer = pipeline.ask(request.prompt, source, seed=drawn, **decoding)[0]
             answers.append(json.dumps({"name": request.name, "question": request.prompt, "answer": answer}))
             continue
         side = {} if source is not None else {"height": size, "width": size}
@@ -208,20 +228,22 @@ def is_r1v(folder: Path) -> bool:
     return (folder / "config.json").is_file() and "llm_config" in read_json(folder / "config.json")
 
 
-def ask(folder: Path, requests: Sequence[Request], output: Path, benchmark: Mapping[str, Any]) -> int:
-    """Writes an R1V model's likeliest answer to each request; what cannot be asked is named and counted, not fatal."""
-    model = R1VModel.from_folder(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+def ask(arguments: argparse.Namespace, benchmark: Mapping[str, Any], requests: Sequence[Request]) -> int:
+    """Writes an R1V model's answer to each request; what cannot be asked is named and counted, not fatal."""
+    output = arguments.output
+    model = R1VModel.from_folder(export_folder(arguments)).to("cuda" if torch.cuda.is_available() else "cpu")
     layout, engine = Layout.of(model), TransformersEngine()
-    decoding = Decoding(benchmark.get("max_new_tokens", LONGEST_ANSWER), temperature=0.0)
+    longest = arguments.max_new_tokens or benchmark.get("max_new_tokens", LONGEST_ANSWER)
+    decoding = Decoding(longest, temperature=arguments.temperature or 0.0)
     answers = list[str]()
-    for request in requests:
+    for i, request in enumerate(requests):
         try:
             shown = [] if request.source is None else [as_tensor(read_picture(request.source))]
             sample = layout.prompt([("user", f"{MARK}\n" * len(shown) + request.prompt)], shown)
         except (InputError, LayoutError) as error:
             print(f"skipped: {request.name}: {error}", file=sys.stderr)
             continue
-        [said] = engine.answers(model, [sample], 1, decoding, 0)
+        [said] = engine.answers(model, [sample], 1, decoding, counter_seed(arguments.seed, "answer", 0, i))
         chain = split(model.tokenizer.decode([t for t in said.tolist() if t != model.tokenizer.eos_token_id]))
         told = {"answer": chain.said.strip(), "thought": chain.thought.strip()}
         answers.append(json.dumps({"name": request.name, "question": request.prompt, **told}, ensure_ascii=False))

@@ -17,6 +17,9 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -30,7 +33,7 @@ from data_pipeline.steps.keep_scores import KeepScores
 from data_pipeline.steps.scene_judge import SceneJudge
 from lightning_modules import pocket, pocket_vlm
 from lightning_modules.networks import Conditioner
-from lightning_modules.networks.tokenizers import phrase_tokenizer
+from lightning_modules.networks.tokenizers import clip_tokenizer, phrase_tokenizer
 from lightning_modules.networks.vlm import Reading
 from lightning_modules.pipelines import MetaqueryPipeline
 from lightning_modules.pipelines.metaquery import Querying
@@ -87,6 +90,20 @@ def micro_metaquery(path: Path, reference: str = "both", **reading: object) -> P
         torch.nn.init.normal_(head.weight)
     MetaqueryPipeline.assembled(built(), conditioner, built_vlm(), settings).save_pretrained(path)
     return path
+
+
+def micro_clip(folder: Path) -> Path:
+    """A micro CLIP in transformers' layout."""
+    text = {"vocab_size": 600, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 12}
+    text |= {"bos_token_id": None, "eos_token_id": 2}  # the class then takes the largest id, which is <|endoftext|>
+    vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config={**text, **small}, vision_config={**vision, **small}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    clip_tokenizer(["a red cat", "two dogs"], 300, 12).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
 def micro_shards(path: Path, text_image: int = 48, edit: int = 48, level: int = 1) -> Path:

@@ -47,8 +47,9 @@ class EditRegressor(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> EditRegressor:
         """What `save_pretrained` wrote."""
         folder = Path(folder)
+        dimensions = read_json(folder / FACTS)["dimensions"]  # first, because it names a folder that is missing
         kind: Any = TowerReader if (folder / TOWER).is_file() else VlmReader
-        found = cls(kind.from_pretrained(folder), read_json(folder / FACTS)["dimensions"])
+        found = cls(kind.from_pretrained(folder), dimensions)
         found.head.load_state_dict(load_file(folder / HEAD))
         return found
 

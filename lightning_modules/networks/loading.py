@@ -65,6 +65,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def stored_files(folder: Path) -> list[StoredFile]:
     """A part's safetensors files, all of them whole: a download that is not complete is named."""
     files = sorted(folder.glob("*.safetensors"))
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; expected a model with its *.safetensors")
     if unfinished := sorted(f.name for f in folder.iterdir() if f.suffix in UNFINISHED):
         raise CheckpointError(f"{folder} is half downloaded: {', '.join(unfinished)}; download it again")
     if not files:

@@ -196,6 +196,7 @@ class MetaqueryPipeline(KontextPipeline):
         image: Answers = None,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
+        seed: int | None = None,
     ) -> list[str]:
         """Answers in the vision-language model's own words.
 
@@ -204,6 +205,7 @@ class MetaqueryPipeline(KontextPipeline):
             image: none, one for all questions, or one (or None) for each.
             max_new_tokens: of an answer, at most.
             temperature: of sampling; 0 takes the likeliest token each time.
+            seed: of the draws, which then leave the global random state as it was; None draws from that state.
         """
         questions = [question] if isinstance(question, str) else list(question)
         images = [image] * len(questions) if image is None or isinstance(image, Image.Image) else list(image)
@@ -213,7 +215,11 @@ class MetaqueryPipeline(KontextPipeline):
                 f"temperature {temperature:g}; expected an image (or None) for each, at least 1 token and 0 or more"
             )
         pictures = [[] if one is None else [to_tensor(one.convert("RGB"), (one.height, one.width))] for one in images]
-        return self.vlm.answer(questions, pictures, max_new_tokens, temperature)
+        if seed is None:
+            return self.vlm.answer(questions, pictures, max_new_tokens, temperature)
+        with torch.random.fork_rng(devices=[self.vlm.device] if self.vlm.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # transformers draws from the global state alone
+            return self.vlm.answer(questions, pictures, max_new_tokens, temperature)
 
 
 def require_conditioner(folder: Path) -> None:

@@ -159,6 +159,7 @@ class TransformersDetector:
 
     @cached_property
     def _names(self) -> dict[int, str]:
+        read_json(Path(self.folder, "config.json"))  # names a missing folder, which transformers looks for on its hub
         labels = AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label
         return {number: SYNONYMS.get(label, label) for number, label in labels.items()}
 

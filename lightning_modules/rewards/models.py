@@ -78,8 +78,9 @@ class Judged:
 
     def joined(self, found: Mapping[str, object]) -> float | None:
         """One number of all dimensions that were asked for; None where there is no answer."""
-        values = [v for name, v in found.items() if name != "judge_note" and isinstance(v, float)]
-        if found["judge_note"] is not None or not values:
+        note = f"{self.judge.name}_note"
+        values = [v for name, v in found.items() if name != note and isinstance(v, float)]
+        if found[note] is not None or not values:
             return None
         return float(np.prod([v / self.judge.highest for v in values]) ** (1 / len(values)))
 

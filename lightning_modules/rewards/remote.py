@@ -1,8 +1,8 @@
 """A reward in another process or on another machine, and the server for it: JSON with PNG bytes, never pickle.
 
-    python -m lightning_modules.rewards.remote -c reward.yaml --port 8500
+    python -m lightning_modules.rewards.remote -c configs/rewards/judge.yaml --port 8500
 
-where reward.yaml holds a class_path and init_args. Both sides read the token from the environment.
+The file holds a class_path and init_args. Both sides read the token from the environment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from urllib.request import build_opener
 import numpy as np
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from torch import Tensor
 
@@ -176,17 +176,28 @@ def serve(reward: Reward, host: str, port: int) -> ThreadingHTTPServer:
     return ThreadingHTTPServer((host, port), Handler)
 
 
+def read_reward(path: Path) -> Reward:
+    """The reward that a YAML file names by class_path and init_args; an InputError where it names none."""
+    reader = ArgumentParser(exit_on_error=False)
+    reader.add_argument("--reward", type=Reward)
+    try:
+        settings = reader.parse_object({"reward": yaml.safe_load(path.read_text(encoding="utf-8"))})
+        found: Reward | None = reader.instantiate_classes(settings).reward
+    except (ArgumentError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} names no reward: {' '.join(str(error).split())}") from error
+    if found is None:
+        raise InputError(f"{path} is empty; expected class_path and init_args of a reward, as configs/rewards/*.yaml")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Serves a reward.")
     parser.add_argument("-c", "--config", type=Path, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8500)
     found = parser.parse_args(argv)
-    reader = ArgumentParser(exit_on_error=False)
-    reader.add_argument("--reward", type=Reward)
     try:
-        settings = reader.parse_object({"reward": yaml.safe_load(found.config.read_text(encoding="utf-8"))})
-        reward = reader.instantiate_classes(settings).reward
+        reward = read_reward(found.config)
         server = serve(reward, found.host, found.port)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

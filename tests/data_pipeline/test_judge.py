@@ -5,18 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from chat_server import Reply, Server, chat, running
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,60 +34,12 @@ from data_pipeline.steps.quality import Quality
 from data_pipeline.steps.recaption import Recaption
 
 KEY = "s3cret-key"
-Reply = tuple[int, dict[str, str], bytes]
-
-
-@dataclass
-class Server:
-    """An API that answers with what `reply` makes of a question's text and of how often it was asked before."""
-
-    url: str = ""
-    reply: Callable[[str, int], Reply] = lambda text, times: chat("{}")
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-
-    def texts(self) -> list[str]:
-        return [question["messages"][0]["content"][-1]["text"] for question in self.asked]
-
-
-def chat(content: Any, **choice: Any) -> Reply:
-    completion = {"choices": [{"message": {"role": "assistant", "content": content}, **choice}]}
-    return 200, {}, json.dumps(completion).encode()
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    state, lock = Server(), threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = question["messages"][0]["content"][-1]["text"]
-            with lock:
-                times = state.texts().count(text)
-                state.asked.append(question)
-                state.headers.append(dict(self.headers))
-                state.paths.append(self.path)
-            status, headers, body = state.reply(text, times)
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with suppress(OSError):  # a client that has read enough goes away
-                self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield state
-    http.shutdown()
-    http.server_close()
+    with running() as state:
+        yield state
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from micro import built, micro_metaquery
 from PIL import Image
 
+from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
 from lightning_modules import commands
 from lightning_modules.evaluation.scenes import SceneBenchmark, evaluate
@@ -61,6 +63,51 @@ def test_a_question_about_every_picture_of_a_folder(folder: Path, config: Path) 
     plain[plain.index(str(folder))] = str(built())
     with pytest.raises(InputError, match="this model cannot answer"):
         commands.run(plain)
+
+
+def test_answers_are_as_long_and_as_warm_as_asked_for(folder: Path, config: Path) -> None:
+    out, picture = config.with_name("out"), Image.open(config.parent / "in" / "b.png")
+    options = ["predict", "-c", config, "--export", folder, "--input", config.parent / "in", "--output", out]
+
+    def answers(*more: str) -> list[str]:
+        assert commands.run([*map(str, options), "--question", "What is it?", *more]) == 0
+        return [json.loads(line)["answer"] for line in (out / commands.ANSWERS).read_text().splitlines()]
+
+    pipeline = MetaqueryPipeline.from_pretrained(folder)
+    assert answers() == pipeline.ask(["What is it?"] * 2, picture)
+    assert answers("--max_new_tokens", "3")[1:] == pipeline.ask("What is it?", picture, max_new_tokens=3)
+    warm = ("--max_new_tokens", "12", "--temperature", "2.5")
+    first = answers(*warm)
+    assert first == answers(*warm, "--seed", "0") != answers(*warm, "--seed", "1")
+    assert first[0] != first[1]  # the same picture and question: each request has its own draws
+    drawn, state = counter_seed(0, "answer", 0, 1), torch.get_rng_state()
+    assert first[1:] == pipeline.ask("What is it?", picture, max_new_tokens=12, temperature=2.5, seed=drawn)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--max_new_tokens", "0", "is 0; expected a whole number of at least 1"),
+        ("--max_new_tokens", "2.5", "is 2.5; expected a whole number"),
+        ("--temperature", "-1", "is -1; expected a finite number of at least 0"),
+        ("--temperature", "nan", "is nan; expected a finite number"),
+        ("--temperature", "inf", "is inf; expected a finite number"),
+        ("--temperature", "warm", "invalid temperature value: 'warm'"),
+    ],
+)
+def test_no_answer_is_that_long_or_that_warm(
+    option: str, value: str, expected: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        commands.run(["predict", "-c", str(config), "--input", "in", "--output", "out", f"{option}={value}"])
+    assert f"{option}: {expected}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_of_answers_are_refused_where_nothing_is_asked(folder: Path, config: Path) -> None:
+    options = ["predict", "-c", config, "--export", folder, "--input", config.parent / "in", "--output", "out"]
+    with pytest.raises(InputError, match=r"--temperature is for answers, and .* asks no question"):
+        commands.run([*map(str, options), "--instruction", "make it red", "--temperature", "1"])
 
 
 def test_understanding_is_measured_by_kind(folder: Path) -> None:

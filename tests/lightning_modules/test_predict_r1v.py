@@ -13,6 +13,7 @@ from micro_r1v import micro_r1v
 from PIL import Image
 
 from data_pipeline.chains import split
+from data_pipeline.counters import counter_seed
 from lightning_modules import commands
 from lightning_modules.networks.layout import Layout
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
@@ -51,6 +52,26 @@ def test_every_picture_of_a_folder_is_asked_about(
     assert (found[1]["answer"], found[1]["thought"]) == (text.said.strip(), text.thought.strip())
     printed = capsys.readouterr()
     assert "2 answers" in printed.out and "1 skipped" in printed.out and "c.png is not a readable" in printed.err
+
+
+def test_answers_are_drawn_with_the_seed_and_as_long_as_asked_for(options: list[str], tmp_path: Path) -> None:
+    lines = tmp_path / "asked.jsonl"
+    lines.write_text("\n".join([json.dumps({"question": "two and two?"})] * 2))
+
+    def said(*more: str) -> list[str]:
+        assert commands.run([*options, str(lines), *more]) == 0
+        return [row["thought"] + row["answer"] for row in answers(tmp_path)]
+
+    assert len(set(said())) == 1  # the likeliest answer, whatever the seed
+    assert said("--seed", "1") == said("--temperature", "0")
+    warm = said("--temperature", "3", "--max_new_tokens", "12")
+    assert warm == said("--temperature", "3", "--max_new_tokens", "12", "--seed", "0") and warm[0] != warm[1]
+    assert warm != said("--temperature", "3", "--max_new_tokens", "12", "--seed", "1")
+    model = micro_r1v()
+    sample = Layout.of(model).prompt([("user", "two and two?")], [])
+    [drawn] = TransformersEngine().answers(model, [sample], 1, Decoding(12, 3.0), counter_seed(0, "answer", 0, 1))
+    chain = split(model.tokenizer.decode([t for t in drawn.tolist() if t != model.tokenizer.eos_token_id]))
+    assert warm[1] == chain.thought.strip() + chain.said.strip()
 
 
 def test_a_file_may_ask_without_a_picture_and_what_cannot_be_asked_is_skipped(

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from micro import micro_clip
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import CLIPImageProcessor, CLIPModel
 
 from data_pipeline.errors import InputError
 from data_pipeline.steps.similarity import Aesthetic, Consistency, Similarity
-from lightning_modules.networks.tokenizers import clip_tokenizer
 from lightning_modules.pipelines.scorers import ClipEmbedder, LinearRater, Lpips, TimmDistance
 
 RNG = np.random.default_rng(0)
@@ -24,18 +24,7 @@ PICTURES = [RNG.integers(0, 255, (40 + 8 * i, 64, 3), dtype=np.uint8) for i in r
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A micro CLIP in transformers' layout."""
-    folder = tmp_path_factory.mktemp("clip")
-    text = {"vocab_size": 600, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 12}
-    text |= {"bos_token_id": None, "eos_token_id": 2}  # the class then takes the largest id, which is <|endoftext|>
-    vision = {"hidden_size": 16, "intermediate_size": 16, "image_size": 32, "patch_size": 16}
-    small = {"num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config={**text, **small}, vision_config={**vision, **small}, projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    clip_tokenizer(["a red cat", "two dogs"], 300, 12).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return micro_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_embeddings_are_the_librarys_as_unit_vectors(clip: Path) -> None:
