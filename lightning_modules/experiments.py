@@ -39,6 +39,7 @@ from lightning_modules.networks.loading import CheckpointError
 PRETRAINED = "model.init_args.pretrained"
 PREVIOUS = "previous"
 LOG = "log.txt"
+Value = str | bool | int | float | list | dict | None  # of a config; as Any, what names a class would become its object
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Link:
     """
 
     config: Path
-    set: dict[str, Any] = field(default_factory=dict)
+    set: dict[str, Value] = field(default_factory=dict)
     callbacks: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     take: dict[str, str] = field(default_factory=lambda: {PRETRAINED: PREVIOUS})
     build: dict[str, Path] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class Experiment:
     baseline: str
     columns: dict[str, list[str]]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    set: dict[str, Any] = field(default_factory=dict)
+    set: dict[str, Value] = field(default_factory=dict)
     reported: dict[str, dict[str, float]] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
 
