@@ -10,9 +10,10 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from callbacks.atomic import replace_file
 from data_pipeline.scenes.questions import KINDS, Style, asked, checked, draw, in_words, random_question, written
 from lightning_modules.losses.tokens import answer_nll, before_learned, token_weights
 from lightning_modules.networks.layout import IGNORED, Layout, Sample, packed
@@ -38,6 +40,7 @@ from lightning_modules.pocket_tower import TowerRecipe, build_tower
 logger = logging.getLogger(__name__)
 
 POCKET = "pocket/"
+KEEP_EVERY = 250  # steps of training, from which an interrupted build goes on
 # Where a thing is that is named by colour and shape is learned last, so it is asked more often.
 PRACTISED = (*KINDS, "look", "look", "relate", "relate")
 END = {"chat": "<|im_end|>", "think": "<|end|>"}
@@ -125,9 +128,15 @@ def build(folder: Path, part: str, recipe: Recipe) -> None:
             torch.manual_seed(recipe.language.seed + sorted(PARTS).index(part))
             make(temporary / part, folder, recipe)
         (temporary / part).rename(folder / part)
+        kept_of(part, folder).unlink(missing_ok=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("pocket %s built in %.0f s", part, time.perf_counter() - started)
+
+
+def kept_of(part: str, folder: Path) -> Path:
+    """What an interrupted build of a part goes on from."""
+    return folder / f".{part}.pt"
 
 
 def documents(rng: random.Random, level: int, count: int = 3) -> list[tuple[str, bool]]:
@@ -185,15 +194,15 @@ def chat_tokenizer(corpus: Sequence[str], vocab_size: int, manner: str) -> PreTr
 
 def build_base(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
     """The common ancestor."""
-    train_base(folder, recipe, recipe.seed)
+    train_base(folder, parts, recipe, recipe.seed)
 
 
 def build_other_base(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
     """A model of the same size and data from another random start."""
-    train_base(folder, recipe, recipe.seed + 1)
+    train_base(folder, parts, recipe, recipe.seed + 1)
 
 
-def train_base(folder: Path, recipe: LanguageRecipe, seed: int) -> None:
+def train_base(folder: Path, parts: Path, recipe: LanguageRecipe, seed: int) -> None:
     """A Qwen2 of its own vocabulary, trained on documents and conversations."""
     rng = random.Random(seed)
     texts = ["".join(text for text, _ in documents(rng, level)) for level in (1, 2) for _ in range(1500)]
@@ -223,7 +232,8 @@ def train_base(folder: Path, recipe: LanguageRecipe, seed: int) -> None:
             return chats[manner].sample(conversation(rng, recipe.level, manner))
         return document(tokenizer, [*documents(rng, recipe.level), (tokenizer.eos_token, True)])
 
-    train_language(model, tokenizer, forever(draw_one), recipe, recipe.base_steps, recipe.base_lr)
+    kept = kept_of(folder.name, parts)
+    train_language(model, tokenizer, draw_one, rng, kept, recipe, recipe.base_steps, recipe.base_lr)
     save(folder, model, tokenizer)
 
 
@@ -246,44 +256,52 @@ def in_manner(tokenizer: Any, manner: str) -> Any:
 
 def build_substitute(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
     """The base, tuned to answer briefly."""
-    tune(folder, parts / "base", "chat", recipe)
+    tune(folder, parts, "base", "chat", recipe)
 
 
 def build_other(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
     """A substitute of other ancestry."""
-    tune(folder, parts / "other_base", "chat", recipe)
+    tune(folder, parts, "other_base", "chat", recipe)
 
 
 def build_reasoner(folder: Path, parts: Path, recipe: LanguageRecipe) -> None:
     """The base, tuned to think before it answers."""
-    tune(folder, parts / "base", "think", recipe)
+    tune(folder, parts, "base", "think", recipe)
 
 
-def tune(folder: Path, base: Path, manner: str, recipe: LanguageRecipe) -> None:
+def tune(folder: Path, parts: Path, base: str, manner: str, recipe: LanguageRecipe) -> None:
     """All weights of a base but its embeddings, on conversations of a manner."""
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(base),
-        in_manner(AutoTokenizer.from_pretrained(base), manner),
+        AutoModelForCausalLM.from_pretrained(parts / base),
+        in_manner(AutoTokenizer.from_pretrained(parts / base), manner),
     )
     model.get_input_embeddings().requires_grad_(False)  # what a projector speaks: one language for all who share a base
     model.config.eos_token_id = tokenizer.eos_token_id
     own = Layout(tokenizer, 1, 1, context=recipe.context)
     rng = random.Random(f"{recipe.seed}/{folder.name}")
-    batches = forever(lambda: own.sample(conversation(rng, recipe.level, manner)))
-    train_language(model, tokenizer, batches, recipe, recipe.tuned_steps, recipe.tuned_lr)
+
+    def draw_one() -> Sample:
+        return own.sample(conversation(rng, recipe.level, manner))
+
+    kept = kept_of(folder.name, parts)
+    train_language(model, tokenizer, draw_one, rng, kept, recipe, recipe.tuned_steps, recipe.tuned_lr)
     save(folder, model, tokenizer)
 
 
-def forever(make: Callable[[], Sample]) -> Iterator[Sample]:
-    """What is made, again and again."""
-    while True:
-        yield make()
-
-
 def train_language(
-    model: Any, tokenizer: Any, samples: Iterator[Sample], recipe: LanguageRecipe, steps: int, lr: float
+    model: Any,
+    tokenizer: Any,
+    draw_one: Callable[[], Sample],
+    rng: random.Random,
+    kept: Path,
+    recipe: LanguageRecipe,
+    steps: int,
+    lr: float,
 ) -> None:
-    """Muon on the matrices inside, AdamW on embeddings and vectors; linear warm-up and decay."""
+    """Muon on the matrices inside, AdamW on embeddings and vectors; linear warm-up and decay.
+
+    Samples are drawn with `rng`; every so often all that goes on from there is kept in a file.
+    """
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in learned.items() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in learned.items() if p.ndim != 2 or "embed" in name]
@@ -292,12 +310,24 @@ def train_language(
         torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     model.train()
-    for step in range(steps):
+    start = 0
+    if kept.exists():
+        saved = torch.load(kept, weights_only=True)
+        start = saved["step"]
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        rng.setstate(saved["random"])
+    for step in range(start, steps):
+        if step > start and step % KEEP_EVERY == 0:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            saved = {"step": step, "model": model.state_dict(), "optimizers": states, "random": rng.getstate()}
+            replace_file(kept, partial(torch.save, saved))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * min(1.0, (step + 1) / 50, 1.02 - step / steps)
         batch, tokens = [], 0
         while tokens < recipe.rows * recipe.context:
-            batch.append(next(samples))
+            batch.append(draw_one())
             tokens += len(batch[-1])
         rows = packed(batch, recipe.context, tokenizer.pad_token_id)
         logits = model(

@@ -62,6 +62,26 @@ def test_a_part_is_built_once_and_after_what_it_needs(tmp_path: Path, monkeypatc
     assert sorted(p.name for p in first.parent.iterdir()) == ["base", "reasoner", "substitute"]  # no half of a part
 
 
+def test_an_interrupted_build_goes_on_as_if_it_had_not_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pocket_llm, "KEEP_EVERY", 2)
+    recipe = replace(RECIPE, language=replace(RECIPE.language, base_steps=5))
+    whole = resolve("pocket/base", tmp_path / "whole", recipe)
+    asked = pocket_llm.conversation
+
+    def interrupted(rng: random.Random, level: int, manner: str) -> list[tuple[str, str]]:
+        if list((tmp_path / "two").glob("*/.base.pt")):
+            raise KeyboardInterrupt
+        return asked(rng, level, manner)
+
+    monkeypatch.setattr(pocket_llm, "conversation", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resolve("pocket/base", tmp_path / "two", recipe)
+    monkeypatch.setattr(pocket_llm, "conversation", asked)
+    resumed = resolve("pocket/base", tmp_path / "two", recipe)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert sorted(p.name for p in resumed.parent.iterdir()) == ["base"]
+
+
 def test_parts_are_built_anew_where_what_decides_them_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe()
     languages, tower = recipe.language.name, recipe.tower.name
