@@ -105,13 +105,13 @@ class Outcome(NamedTuple):
     """How far a clause is fulfilled that must be so exactly.
 
     Attributes:
-        count: 1 - |wanted - found| / wanted, which falls below 0 where more than twice as many are found.
+        number: 1 - |wanted - found| / wanted, which falls below 0 where more than twice as many are found.
         colour: the same of objects in the colour asked for; None where the count is wrong, or none is asked for.
         position: None where the count or the colour is wrong, or none is asked for; "alone" where what it refers to
             is itself not as wanted.
     """
 
-    count: float
+    number: float
     colour: float | None
     position: Place | None
 
@@ -123,16 +123,16 @@ def outcomes(metadata: Mapping[str, Any], found: Found) -> list[Outcome]:
     groups: list[list[Detection] | None] = []
     for clause in metadata.get("include", ()):
         group, wanted = objects.get(clause["class"], []), clause["count"]
-        count = 1 - abs(wanted - len(group)) / wanted
+        number = 1 - abs(wanted - len(group)) / wanted
         colour: float | None = None
         position: Place | None = None
-        if count == 1 and "color" in clause:
+        if number == 1 and "color" in clause:
             colour = 1 - abs(wanted - sum(d.colour == clause["color"] for d in group)) / wanted
-        right = count == 1 and colour in (None, 1)
+        right = number == 1 and colour in (None, 1)
         if right and "position" in clause:
             position = place(group, clause["position"], groups)
         groups.append(group if right and position in (None, "right") else None)
-        outcome.append(Outcome(count, colour, position))
+        outcome.append(Outcome(number, colour, position))
     return outcome
 
 
@@ -151,7 +151,7 @@ def soft(metadata: Mapping[str, Any], found: Found) -> float:
     """
     terms: list[float] = []
     for clause, outcome in zip(metadata.get("include", ()), outcomes(metadata, found), strict=True):
-        terms.append(max(0.0, outcome.count))
+        terms.append(max(0.0, outcome.number))
         if "color" in clause:
             terms.append(max(0.0, outcome.colour or 0.0))
         if "position" in clause:
@@ -166,9 +166,9 @@ def flow_grpo(metadata: Mapping[str, Any], found: Found) -> float:
     position out; and a wrong position leaves a 0 and a 1.
     """
     terms: list[float] = []
-    for clause, (count, colour, position) in zip(metadata.get("include", ()), outcomes(metadata, found), strict=True):
-        terms.append(count)
-        if count != 1:
+    for clause, (number, colour, position) in zip(metadata.get("include", ()), outcomes(metadata, found), strict=True):
+        terms.append(number)
+        if number != 1:
             terms += [0.0] if "color" in clause or "position" in clause else []
             continue
         terms += [] if colour is None else [colour]

@@ -79,7 +79,7 @@ def test_scores_are_the_servers_and_soft_ones_differ_where_they_say() -> None:
         assert flow_grpo(facts, objects) == pytest.approx(score, abs=1e-6), (facts, objects)
         outcome = outcomes(facts, objects)
         both = any({"color", "position"} <= clause.keys() for clause in facts["include"])
-        if not both and all(o.count >= 0 and o.position != "wrong" for o in outcome):
+        if not both and all(o.number >= 0 and o.position != "wrong" for o in outcome):
             assert soft(facts, objects) == pytest.approx(score, abs=1e-6), (facts, objects)
             alike += 1
         assert 0 <= soft(facts, objects) <= 1
