@@ -28,8 +28,8 @@ def noise(seed: int = 0, count: int = 4, width: int = 6):
     return of
 
 
-# Published figures of SD3.5's own schedule of 10 steps and shift 3, to the digits that are printed: noise levels, and of
-# a step the standard deviation s, J^2 = (dmean/dv)^2 where log-probabilities have no other factor, and J^2 / 2 s^2.
+# Published figures of SD3.5's own schedule of 10 steps and shift 3, to the digits that are printed: noise levels; of a
+# step the standard deviation s, J^2 = (dmean/dv)^2 where log-probabilities have no other factor, and J^2 / 2 s^2.
 LEVELS = ["1", ".960", ".913", ".858", ".790", ".707", ".602", ".465", ".278", ".0089", "0"]
 TABLE = {  # Flow-SDE 0.7; CPS 0.8; Precise 1.5
     0: (".700 .0016", ".913 .0016 .00095", ".960 .00086"),
