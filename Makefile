@@ -45,6 +45,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/connector_mfu.py
 	$(BIN)/python tests/benchmarks/compiled_bf16.py
 	$(BIN)/python tests/benchmarks/verify_answers.py
+	test -d runs/pdtr_base/latest/export || $(BIN)/python -m lightning_modules.cli fit -c configs/pdtr_base.yaml
+	$(BIN)/python tests/benchmarks/rl_cost.py
 
 data: $(VENV)/.installed
 	$(BIN)/python -m data_pipeline build -c configs/data/scenes.yaml --output data/scenes/level1

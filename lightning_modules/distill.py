@@ -24,9 +24,15 @@ from lightning_modules.folders import checkpoint_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.needs.images import image_needs
-from lightning_modules.networks.adapters import Lora
+from lightning_modules.networks.adapters import Lora, add_lora
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute, attend_in_float32
+from lightning_modules.networks.compute import (
+    Compute,
+    Precision,
+    attend_in_float32,
+    cast_weights,
+    recompute_blocks,
+)
 from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
@@ -81,11 +87,15 @@ class DistillModule(GradientHooks, L.LightningModule):
         pretrained: checkpoint folder that the student starts from.
         teachers: by task, "text_to_image" and "edit".
         states: where they are compared.
+        lora: adapters to train in place of all weights.
         optimizer: AdamW and its schedule.
         steps: optimiser steps of the whole run, for the schedule.
         seed: the seed of every draw.
         max_sequence_length: T5 tokens of a prompt; None takes the folder's length.
         compile: compile the blocks of all transformers.
+        recompute: keep no activations of the student's blocks: less memory, for another forward pass in each backward
+            pass.
+        frozen: precision of the text encoders and of the teachers.
     """
 
     def __init__(
@@ -93,17 +103,21 @@ class DistillModule(GradientHooks, L.LightningModule):
         pretrained: str,
         teachers: dict[str, Teacher],
         states: States = States(),  # noqa: B008
+        lora: Lora | None = None,
         optimizer: AdamW = AdamW(),  # noqa: B008
         steps: int = 1000,
         seed: int = 0,
         max_sequence_length: int | None = None,
         compile: bool = False,
+        recompute: bool = False,
+        frozen: Precision = "float32",
     ) -> None:
         super().__init__()
+        self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.teachers, self.states, self.optimizer_settings = pretrained, teachers, states, optimizer
         self.steps, self.seed, self.max_sequence_length = steps, seed, max_sequence_length
-        self.compile_blocks, self.compute = compile, Compute()
-        self.lora: Lora | None = None
+        self.compile_blocks, self.lora = compile, lora
+        self.compute = Compute(frozen=frozen, recompute=recompute)
         self.evaluations = 0
         self.transformer: Any = None
         self._frozen: dict[str, Any] = {}  # teachers' transformers by folder, in no checkpoint
@@ -112,21 +126,32 @@ class DistillModule(GradientHooks, L.LightningModule):
         """Loads all checkpoint folders; called again it does nothing."""
         if self.transformer is not None:
             return
-        self._pipeline = KontextPipeline.from_pretrained(checkpoint_folder(self.pretrained))
+        folder, frozen = checkpoint_folder(self.pretrained), self.compute.frozen_dtype
+        self._pipeline = KontextPipeline.from_pretrained(folder, text_dtype=frozen)
         if self.max_sequence_length is not None:
             self._pipeline.limit_t5(self.max_sequence_length)
         self._encoder, self._prompts = LatentEncoder(self._pipeline.vae), PromptCache(self._pipeline)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
-        for folder in {teacher.folder for teacher in self.teachers.values()}:
-            self._frozen[folder] = load_frozen(checkpoint_folder(folder), self.transformer)
+        if self.lora is not None:
+            add_lora(self.transformer, self.lora, self.seed)
+        recompute_blocks(self.transformer, self.compute.recompute)
+        for name in {teacher.folder for teacher in self.teachers.values()}:
+            self._frozen[name] = load_frozen(checkpoint_folder(name), self.transformer)
+            cast_weights(self._frozen[name], frozen)
         if self.compile_blocks:
             self.compile_blocks = all([compile_blocks(each) for each in (self.transformer, *self._frozen.values())])
+
+    @property
+    def passes(self) -> int:
+        """What the student's step costs in forward passes: one, and backward at twice its cost, of adapters at once."""
+        return 3 if self.lora is None else 2
 
     def workload(self) -> Workload:
         """What a sample costs at the most, for plan: the student's way there, its step, and a guided teacher."""
         way = (self.states.num_inference_steps - 1) / 2 if self.states.source == "student" else 0.0
-        return Workload(way + 3.0 + max(1 + (teacher.guidance_scale != 1) for teacher in self.teachers.values()))
+        teacher = max(1 + (teacher.guidance_scale != 1) for teacher in self.teachers.values())
+        return Workload(way + self.passes + teacher)
 
     def needs(self, run: Run) -> Needs:
         """What a run holds and does, for plan."""
@@ -164,7 +189,7 @@ class DistillModule(GradientHooks, L.LightningModule):
         student = self.student(batch)
         x, sigma = self.own_states(student, batch) if self.states.source == "student" else self.data_states(batch)
         loss = flow_matching(student(x, sigma), self.target(student, x, sigma, batch), torch.ones_like(sigma))
-        self.evaluations += 3 * len(batch)  # forward, and backward at twice its cost
+        self.evaluations += (self.passes + bool(self.compute.recompute)) * len(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log(f"train/loss_{batch.task}", loss, batch_size=len(batch))
         return loss
@@ -225,10 +250,14 @@ class DistillModule(GradientHooks, L.LightningModule):
         return draw(sampler, shape, self.seed, purpose, batch.epochs, batch.sample_ids).to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops what is constant: the positional table, and the weights that adapters are added to."""
+        trained = dict(self.trainable_parameters())
+        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
         checkpoint["evaluations"] = self.evaluations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_state(Path(self.pretrained), self.state_dict(), checkpoint["state_dict"])
+        """Names every weight that does not fit before any is copied."""
+        check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
         self.evaluations = checkpoint["evaluations"]
 
     def configure_optimizers(self) -> Any:

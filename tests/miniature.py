@@ -100,7 +100,7 @@ def serve(data: Settings, model: Settings, folder: Path) -> None:
     if data.get("cache"):
         data["cache"] = {"folder": str(folder / "latents")}
     if data.pop("prompt_records", False):
-        data["ratio"] = {"edit" if "edit_prompt" in data["ratio"] else "text_to_image": 1}
+        data["ratio"] = {{"edit_prompt": "edit", "prompt": "text_to_image"}[name]: 1 for name in data["ratio"]}
     scenes = data.get("scenes") or []
     for each in scenes if isinstance(scenes, list) else [scenes]:
         each |= {name: min(each[name], 32) for name in ("count_text_image", "count_edit")}

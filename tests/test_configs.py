@@ -158,6 +158,37 @@ def test_the_stages_of_r1v_are_compared_with_those_that_they_go_on_from(monkeypa
     assert len(set(ends)) == len(ends)
 
 
+# Evaluations of a picture to sample it, to learn from it, and of one that the policy is held to the reference on.
+COSTS = {
+    "pdtr_edit": (10, 16, 4),
+    "pdtr_edit_learned": (10, 16, 0),
+    "pdtr_interleaved": (10, 16, 0),
+    "pdtr_paper": (20, 54, 0),
+    "pdtr_t2i": (10, 16, 0),
+    "sd35m/pdtr_edit": (10, 12, 0),
+    "sd35m/pdtr_interleaved": (10, 12, 0),
+    "sd35m/pdtr_paper": (20, 72, 0),  # 54, and activations computed again
+    "sd35m/pdtr_t2i": (10, 12, 0),
+}
+
+
+def test_what_a_picture_of_reinforcement_costs_where_every_group_teaches() -> None:
+    found, tables = {}, {}
+    for path in [*CONFIGS, *FULL_SIZE]:
+        if not path.stem.startswith("pdtr_") or not isinstance((made := instantiated(path)).model, ReinforceModule):
+            continue
+        name = str(path.relative_to(ROOT / "configs").with_suffix(""))
+        cost = replace(made.model.arithmetic, prompts=made.datamodule.batch_size)
+        found[name], tables[name] = (cost.to_sample, cost.to_train, cost.to_anchor), cost.table()
+        said = re.search(r"(\d+) evaluations a picture", path.read_text())
+        kept: Arithmetic = replace(cost, backward=cost.backward - bool(made.model.compute.recompute))
+        assert said is None or int(said[1]) == kept.to_sample + kept.to_train
+        assert path.parent.name != "sd35m" or said is not None
+    assert found == COSTS
+    shown = "\n".join(f"    {line}" for line in tables["pdtr_edit"].splitlines())
+    assert shown in (ROOT / "README.md").read_text(), shown
+
+
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.parent.name)
 def test_the_preset_is_the_papers(path: Path) -> None:
     """UniPic 2.0 (arXiv 2509.04548), section 4.1."""

@@ -145,7 +145,7 @@ def metaquery_parts(folder: Path, compute: Compute) -> list[Part]:
 
 
 def image_needs(run: Run, stage: ImageStage, others: int = 0) -> Needs:
-    """Of a stage that trains a transformer; `others` are frozen ones beside it."""
+    """Of a stage that trains a transformer; `others` are frozen ones beside it, in its frozen precision."""
     folder, work = planned_checkpoint(stage.pretrained), stage.workload()
     pictures = Pictures(folder, run)
     transformer = outline(pictures.config, stage.compute, stage.lora)
@@ -163,7 +163,7 @@ def image_needs(run: Run, stage: ImageStage, others: int = 0) -> Needs:
     if (folder / "conditioner").is_dir():
         parts += metaquery_parts(folder, stage.compute)
     if others:
-        frozen = outline(pictures.config, Compute(), None, train=False)
+        frozen = outline(pictures.config, Compute(stage.compute.frozen), None, train=False)
         parts.append(Part("other transformers", tuple([*frozen.parameters(), *frozen.buffers()] * others), exported=0))
     needs = Needs(tuple(parts), loads, work.copies, work.samples, config.num_layers, assumed=pictures.assumed)
     return pictures.fits(needs)

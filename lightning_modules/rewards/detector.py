@@ -27,11 +27,21 @@ from data_pipeline.errors import InputError
 from data_pipeline.steps.similarity import Embedder
 from lightning_modules.networks.loading import load_text_encoder as load_model
 from lightning_modules.networks.loading import read_json
-from lightning_modules.rewards.geneval import COLOURS, THRESHOLD, Detection, Found, confident, correct, soft, strict
+from lightning_modules.rewards.geneval import (
+    COLOURS,
+    THRESHOLD,
+    Detection,
+    Found,
+    confident,
+    correct,
+    flow_grpo,
+    soft,
+    strict,
+)
 from lightning_modules.rewards.models import as_arrays
 from lightning_modules.rewards.protocol import Request
 
-VERDICTS = {"soft": soft, "strict": strict, "correct": correct}
+VERDICTS = {"soft": soft, "flow_grpo": flow_grpo, "strict": strict, "correct": correct}
 GREY = np.full(3, 0x99, np.uint8)  # what the official code puts in the place of all that is not the object
 # The official classifier averages these, as CLIP's own zero-shot ones do.
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
@@ -76,12 +86,13 @@ class GenEval:
     Args:
         detector: what finds objects.
         embedder: a joint embedding such as CLIP, which tells colours.
-        kind: "soft" is Flow-GRPO's reward, "correct" the benchmark's verdict, "strict" that with exact counts.
+        kind: "soft" rewards what is partly right, "flow_grpo" does it to the letter of Flow-GRPO's server, "correct" is
+            the benchmark's verdict, "strict" that with exact counts.
     """
 
     detector: Detector
     embedder: Embedder
-    kind: Literal["soft", "strict", "correct"] = "soft"
+    kind: Literal["soft", "flow_grpo", "strict", "correct"] = "soft"
     _colours: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def score(self, pictures: Tensor, requests: Sequence[Request]) -> list[float | None]:

@@ -17,12 +17,16 @@ from data_pipeline.batches import ImageBatch
 from data_pipeline.errors import InputError
 from lightning_modules.distill import DistillModule, States, Teacher
 from lightning_modules.networks import KontextTransformer
+from lightning_modules.networks.adapters import Lora
+from lightning_modules.networks.footprint import SavedTensors
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.planning import Plan, Run
 from lightning_modules.samplers import ode, timesteps
 from lightning_modules.schedule import AdamW
 
 samples = partial(prompts, count=3)
+LORA = Lora(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +147,84 @@ def test_cost_is_counted_in_forward_passes(folders: dict[str, str]) -> None:
     assert module.evaluations == 3 * (1 + 2 + 2)
     module.training_step(samples(1, "text_to_image"), 0)
     assert module.evaluations == 15 + 3 * (1 + 2 + 1)
+    for changes, backward in (({"lora": LORA}, 1), ({"recompute": True}, 3), ({"lora": LORA, "recompute": True}, 2)):
+        other = made(folders, **changes)
+        other.training_step(samples(1, "text_to_image"), 0)
+        assert other.evaluations == 3 * (1 + backward + 1)
+        assert other.workload().evaluations == 1 + backward + 1 - other.compute.recompute  # which plan adds
 
 
-@pytest.mark.parametrize("source", ["data", "student"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(folders: dict[str, str], source: str, tmp_path: Path) -> None:
+def test_adapters_alone_are_trained_and_begin_where_the_student_does(folders: dict[str, str], tmp_path: Path) -> None:
+    own = {"edit": Teacher(folders["start"])}
+    module = made(folders, own, lora=LORA)
+    assert module.training_step(samples(0), 0) == 0
+    assert all(".lora_" in name for name, _ in module.trainable_parameters())
+    module = made(folders, lora=LORA)
+    frozen = {name: p.clone() for name, p in module.named_parameters() if not p.requires_grad}
+    before = module.training_step(samples(100), 0).item()
+    trained(module, [samples(i) for i in range(10)], 10, tmp_path)
+    assert module.training_step(samples(100), 0).item() < before
+    assert all(torch.equal(p, frozen[name]) for name, p in module.named_parameters() if name in frozen)
+
+
+def test_recomputed_activations_are_the_same_and_not_kept(folders: dict[str, str]) -> None:
+    found = []
+    for recompute in (False, True):
+        module = made(folders, recompute=recompute)
+        counter = SavedTensors(module.transformer.parameters())
+        with counter.hooks():
+            loss = module.training_step(samples(0), 0)
+        loss.backward()
+        gradients = {name: p.grad for name, p in module.trainable_parameters()}
+        found.append((loss.item(), gradients, counter.bytes))
+    (plain, gradients, kept), (again, others, fewer) = found
+    assert plain == again and fewer < 0.5 * kept
+    torch.testing.assert_close(others, gradients)
+
+
+def test_teachers_and_text_encoders_are_of_the_frozen_precision(folders: dict[str, str]) -> None:
+    exact, module = made(folders), made(folders, frozen="bfloat16")
+    for teacher in module._frozen.values():
+        assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in teacher.parameters())
+        assert all(table.dtype == torch.float32 for table in teacher.buffers())
+    assert all(p.dtype == torch.bfloat16 for p in module.pipeline().text_encoder_3.parameters())
+    assert all(p.dtype == torch.float32 for _, p in module.trainable_parameters())
+    batch = exact._encoder.encode_batch(samples(0))
+    x, sigma = exact.data_states(batch)
+    low, high = (m.target(m.student(batch), x, sigma, batch) for m in (module, exact))
+    assert low.dtype == torch.float32 and 0 < (low - high).abs().max() < 0.05 * high.abs().max()
+
+
+@pytest.mark.parametrize("changes", [{}, {"frozen": "bfloat16"}, {"lora": LORA}, {"recompute": True}])
+def test_plan_says_what_a_run_holds_and_keeps(folders: dict[str, str], changes: dict[str, object]) -> None:
+    module = made(folders, {"edit": Teacher(folders["editor"], 2.0)}, **changes)
+    sizes = {"ratio": {"edit": 1}, "batch_size": 3, "batch_tokens": None, "size_multiple": 16}
+    plan = Plan(Run(module, {"max_steps": 10}, image_size=32, ema=True, keep=2, **sizes))
+    of = {"transformer": [module.transformer], "other transformers": list(module._frozen.values())}
+    held = {name: sum(p.nbytes for t in each for p in t.parameters()) for name, each in of.items()}
+    held["position table"] = sum(b.nbytes for b in module.transformer.buffers())
+    held["other transformers"] += sum(b.nbytes for t in module._frozen.values() for b in t.buffers())
+    assert {name: plan.states[name] for name in held} == held
+    assert plan.trained == sum(p.numel() for _, p in module.trainable_parameters())
+    counter = SavedTensors([*module.transformer.parameters(), *module.transformer.buffers()])
+    with counter.hooks():
+        module.training_step(module._encoder.encode_batch(samples(0)), 0)
+    assert plan.activations["edit"] == pytest.approx(counter.bytes, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"states": States("student")}, {"lora": LORA, "recompute": True, "frozen": "bfloat16"}]
+)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    folders: dict[str, str], changes: dict[str, object], tmp_path: Path
+) -> None:
     batches = [samples(i, ("edit", "text_to_image")[i % 2], count=2) for i in range(4)]
-    whole = made(folders, states=States(source))
+    whole = made(folders, **changes)
     trained(whole, batches, 4, tmp_path)
-    first, second = made(folders, states=States(source)), made(folders, states=States(source))
+    first, second = made(folders, **changes), made(folders, **changes)
     trained(first, batches, 2, tmp_path).save_checkpoint(tmp_path / "stopped.ckpt")
-    assert len(torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"]) == len(whole.state_dict())
+    kept = torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"]
+    assert kept.keys() == {name for name, _ in whole.trainable_parameters()}
     trained(second, batches[2:], 4, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", weights_only=False)
     assert all(torch.equal(w, second.state_dict()[n]) for n, w in whole.state_dict().items())
     assert whole.evaluations == second.evaluations > 0

@@ -20,6 +20,7 @@ from data_pipeline.datamodule import Cache, ShardDataModule
 from data_pipeline.errors import InputError
 from data_pipeline.recipe import Recipe
 from data_pipeline.sources import Manifest
+from lightning_modules.distill import DistillModule, States, Teacher
 from lightning_modules.kontext import KontextModule
 from lightning_modules.reinforce import ReinforceModule
 from lightning_modules.rewards.protocol import Request
@@ -88,6 +89,25 @@ def test_reinforcement_samples_from_prompts(shards: str, tmp_path: Path, cached:
         assert witness.sizes[prompt] == ((16, 32) if request.sources else (32, 32))
         assert [source.shape for source in request.sources] == ([(3, 16, 32)] if "red" in prompt else [])
         assert ("include" in request.metadata) == (not request.sources)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_distillation_needs_no_targets_on_states_of_its_own(shards: str, tmp_path: Path, cached: bool) -> None:
+    teachers = {task: Teacher(str(built())) for task in ("edit", "text_to_image")}
+    module = DistillModule(str(built()), teachers, States("student", num_inference_steps=2), steps=4)
+    shapes, velocity = set(), module.target
+
+    def target(student: object, x: Tensor, sigma: Tensor, batch: ImageBatch) -> Tensor:
+        shapes.add((batch.task, tuple(x.shape[-2:])))
+        return velocity(student, x, sigma, batch)
+
+    module.target = target
+    fit(module, data(shards, tmp_path, cache=Cache(str(tmp_path / "cache")) if cached else None), tmp_path)
+    factor = module.pipeline().vae_scale_factor
+    assert module.trainer.global_step == 4
+    assert shapes == {("text_to_image", (32 // factor, 32 // factor)), ("edit", (16 // factor, 32 // factor))}
+    with pytest.raises(InputError, match="use source: student"):
+        fit(DistillModule(str(built()), teachers, steps=4), data(shards, tmp_path), tmp_path)
 
 
 def test_prompts_are_left_out_of_supervised_training(shards: str, tmp_path: Path) -> None:

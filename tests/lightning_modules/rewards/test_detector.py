@@ -20,7 +20,15 @@ from transformers import (
 
 from data_pipeline.errors import InputError
 from lightning_modules.networks.loading import CheckpointError
-from lightning_modules.rewards.detector import TEMPLATES, Detector, GenEval, Seen, TransformersDetector, crop
+from lightning_modules.rewards.detector import (
+    TEMPLATES,
+    VERDICTS,
+    Detector,
+    GenEval,
+    Seen,
+    TransformersDetector,
+    crop,
+)
 from lightning_modules.rewards.geneval import COLOURS, Detection
 from lightning_modules.rewards.protocol import Request, Reward
 
@@ -85,13 +93,15 @@ def test_verdicts_follow_the_colours_of_the_pictures() -> None:
     pictures = torch.stack([painted("red", "blue"), painted("blue", "blue"), painted("blue", "red")])
     requests = [Request("a red cat and a blue dog", metadata=TWO)] * 3
     embedder = Paint()
-    rewards = {kind: GenEval(Recorded([halves()] * 3), embedder, kind) for kind in ("soft", "strict", "correct")}
+    rewards = {kind: GenEval(Recorded([halves()] * 3), embedder, kind) for kind in VERDICTS}
     assert all(isinstance(reward, Reward) for reward in rewards.values())
-    assert rewards["soft"].score(pictures, requests) == pytest.approx([1, 3 / 4, 1 / 2])
+    for kind in ("soft", "flow_grpo"):
+        assert rewards[kind].score(pictures, requests) == pytest.approx([1, 3 / 4, 1 / 2])
     assert rewards["strict"].score(pictures, requests) == rewards["correct"].score(pictures, requests) == [1, 0, 0]
     asked = [t.format(colour=c, name="cat") for c in COLOURS for t in TEMPLATES]
     assert asked[:3] == ["a photo of a red cat", "a photo of a red-colored cat", "a photo of a red object"]
-    assert set(asked) <= set(embedder.texts_seen) and len(embedder.texts_seen) == 3 * 2 * 30  # once a reward and class
+    # Once a reward and class.
+    assert set(asked) <= set(embedder.texts_seen) and len(embedder.texts_seen) == len(VERDICTS) * 2 * 30
 
 
 def test_only_what_is_asked_for_its_colour_and_surely_there_is_looked_at() -> None:

@@ -1,6 +1,23 @@
+"""GenEval's verdicts, by hand and as the official code gave them.
+
+geneval_verdicts.json holds generated detections, in the order of a detector, with what evaluation/evaluate_images.py of
+djghosh13/geneval (16f1681) and reward_server/gen_eval.py of yifan123/reward-server (7131478) made of them at their own
+settings, the colour of each crop being given. Sets lie on both sides of the thresholds and of the borders of positions;
+equals are ordered as by the official environment's NumPy 1.23.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
-from lightning_modules.rewards.geneval import Detection, correct, relations, soft, strict
+from lightning_modules.rewards.geneval import COLOURS, Detection, correct, flow_grpo, outcomes, relations, soft, strict
+
+RECORDED = json.loads(Path(__file__).with_name("geneval_verdicts.json").read_text())
+TAGS = {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
 
 
 def box(x: float, y: float, size: float = 10, confidence: float = 0.95, colour: str = "") -> Detection:
@@ -21,6 +38,53 @@ PLACE = {
     "tag": "position",
     "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
 }
+
+
+def recorded() -> list[tuple[dict, dict[str, list[Detection]], bool, bool, float, str]]:
+    """Metadata, objects by class, the benchmark's verdict, the server's strict one and its score, and what was wrong:
+    n counts, c colours, p a position, t what it refers to, x something excluded."""
+    found = []
+    for number, rows, *verdicts in RECORDED["cases"]:
+        objects: dict[str, list[Detection]] = {}
+        for name, *box, confidence, colour in rows:
+            objects.setdefault(RECORDED["classes"][name], []).append(Detection(tuple(box), confidence, COLOURS[colour]))
+        right, exact, score, wrong = verdicts
+        found.append((RECORDED["metadata"][number], objects, bool(right), bool(exact), score, wrong))
+    return found
+
+
+def test_the_record_covers_each_task_and_each_reason() -> None:
+    found = recorded()
+    verdicts = Counter((facts["tag"], right) for facts, _, right, *_ in found)
+    assert len(found) >= 400 and min(verdicts[tag, right] for tag in TAGS for right in (True, False)) >= 8
+    reasons = Counter(reason for *_, wrong in found for reason in wrong)
+    assert min(reasons[reason] for reason in "ncptx") >= 8
+    assert {0.3, 0.9} <= {d.confidence for _, objects, *_ in found for each in objects.values() for d in each}
+    assert sum(len(each) > 16 for _, objects, *_ in found for each in objects.values()) >= 4
+
+
+def test_verdicts_are_the_official_ones() -> None:
+    for facts, objects, right, *_ in recorded():
+        assert correct(facts, objects) == right, (facts, objects)
+
+
+def test_strict_verdicts_are_the_servers_but_for_what_is_excluded() -> None:
+    for facts, objects, right, exact, *_ in recorded():
+        assert strict(facts, objects) == (exact and right), (facts, objects)
+
+
+def test_scores_are_the_servers_and_soft_ones_differ_where_they_say() -> None:
+    alike = 0
+    for facts, objects, _, _, score, _ in recorded():
+        assert flow_grpo(facts, objects) == pytest.approx(score, abs=1e-6), (facts, objects)
+        outcome = outcomes(facts, objects)
+        both = any({"color", "position"} <= clause.keys() for clause in facts["include"])
+        if not both and all(o.number >= 0 and o.position != "wrong" for o in outcome):
+            assert soft(facts, objects) == pytest.approx(score, abs=1e-6), (facts, objects)
+            alike += 1
+        assert 0 <= soft(facts, objects) <= 1
+        assert (soft(facts, objects) == 1) == (flow_grpo(facts, objects) == 1)
+    assert alike >= 300
 
 
 @pytest.mark.parametrize(

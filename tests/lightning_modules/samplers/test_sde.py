@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -27,25 +28,101 @@ def noise(seed: int = 0, count: int = 4, width: int = 6):
     return of
 
 
-# Published coefficients on SD3.5's own schedule of 10 steps and shift 3: standard deviations, and (dmean/dv)^2 / 2 s^2.
-TABLE = {
-    0: (0.700, 0.0016, 0.913, 0.00095, 0.960, 0.00086),
-    2: (0.536, 0.0084, 0.816, 0.0086, 0.726, 0.0078),
-    4: (0.392, 0.035, 0.673, 0.038, 0.563, 0.032),
-    6: (0.319, 0.143, 0.442, 0.18, 0.393, 0.16),
-    7: (0.282, 0.34, 0.264, 0.60, 0.255, 0.59),
-    8: (0.225, 1.11, 0.0085, 519, 0.0089, 476),
+# Published figures of SD3.5's own schedule of 10 steps and shift 3, to the digits that are printed: noise levels; of a
+# step the standard deviation s, J^2 = (dmean/dv)^2 where log-probabilities have no other factor, and J^2 / 2 s^2.
+LEVELS = ["1", ".960", ".913", ".858", ".790", ".707", ".602", ".465", ".278", ".0089", "0"]
+TABLE = {  # Flow-SDE 0.7; CPS 0.8; Precise 1.5
+    0: (".700 .0016", ".913 .0016 .00095", ".960 .00086"),
+    2: (".536 .0084", ".816 .0115 .0086", ".726 .0078"),
+    4: (".392 .035", ".673 .034 .038", ".563 .032"),
+    6: (".319 .143", ".442 .070 .18", ".393 .16"),
+    7: (".282 .34", ".264 .084 .60", ".255 .59"),
+    8: (".225 1.11", ".0085 .075 519", ".0089 476"),
 }
+
+
+def printed(number: str) -> object:
+    """Whatever rounds to these digits."""
+    return pytest.approx(float(number), abs=0.501 * 10.0 ** -len(number.partition(".")[2]), rel=0)
+
+
+def own_step(sampler: sde.Stochastic, i: int) -> sde.Coefficients:
+    """Of a step of SD3.5's own schedule."""
+    sigmas = schedule(10, 3.0).double().tolist()
+    return sampler.coefficients(sigmas[i], sigmas[i + 1], sigmas[1])
+
+
+def weight(c: sde.Coefficients) -> float:
+    """What a Gaussian log-probability makes of a change of the velocity, squared."""
+    return c.v**2 / (2 * c.std**2)
+
+
+def test_noise_levels_are_the_published_ones() -> None:
+    assert schedule(10, 3.0).tolist() == [printed(level) for level in LEVELS]
 
 
 @pytest.mark.parametrize("i", TABLE)
 def test_coefficients_are_the_published_ones(i: int) -> None:
-    sigmas = schedule(10, 3.0).double()
-    found = []
-    for sampler in (FlowSDE(0.7), CPS(0.8), Precise(1.5)):
-        c = sampler.coefficients(sigmas[i].item(), sigmas[i + 1].item(), sigmas[1].item())
-        found += [c.std, c.v**2 / (2 * c.std**2)]
-    assert found == pytest.approx(TABLE[i], rel=0.06)  # as printed, with two or three digits
+    flow, cps, precise = (own_step(sampler, i) for sampler in (FlowSDE(0.7), CPS(0.8), Precise(1.5)))
+    found = [flow.std, weight(flow), cps.std, cps.v**2, weight(cps), precise.std, weight(precise)]
+    assert found == [printed(number) for column in TABLE[i] for number in column.split()]
+
+
+def test_late_steps_outweigh_early_ones_as_published() -> None:
+    """About 690 times in Flow-SDE; 52 times in CPS, whose log-probability sees J^2 alone, from the first to step 7."""
+    flow, cps = FlowSDE(0.7), CPS(0.8)
+    assert weight(own_step(flow, 8)) / weight(own_step(flow, 0)) == pytest.approx(690, rel=0.02)
+    assert own_step(cps, 7).v ** 2 / own_step(cps, 0).v ** 2 == pytest.approx(52, rel=0.02)
+
+
+# Each step as its paper's code has it: mean and standard deviation, from x, v and three noise levels.
+def published_flow(x: float, v: float, s: float, following: float, second: float) -> tuple[float, float]:
+    dt, std = following - s, 0.7 * math.sqrt(s / (1 - (second if s == 1 else s)))
+    mean = x * (1 + std**2 / (2 * s) * dt) + v * (1 + std**2 * (1 - s) / (2 * s)) * dt
+    return mean, std * math.sqrt(-dt)
+
+
+def published_dance(x: float, v: float, s: float, following: float, second: float) -> tuple[float, float]:
+    dt, score = following - s, -(x - (1 - s) * (x - s * v)) / s**2
+    return x + dt * v - 0.5 * 0.3**2 * score * dt, 0.3 * math.sqrt(-dt)
+
+
+def published_mean(x: float, v: float, s: float, following: float, std: float) -> tuple[float, float]:
+    clean, noise = x - s * v, x + (1 - s) * v
+    return (1 - following) * clean + math.sqrt(following**2 - std**2) * noise, std
+
+
+def published_cps(x: float, v: float, s: float, following: float, second: float) -> tuple[float, float]:
+    return published_mean(x, v, s, following, following * math.sin(0.8 * math.pi / 2))
+
+
+def published_precise(x: float, v: float, s: float, following: float, second: float) -> tuple[float, float]:
+    kept = (following * (1 - s) / (s * (1 - following))) ** (1.5**2)
+    return published_mean(x, v, s, following, following * math.sqrt(1 - kept))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "published"),
+    list(zip(EVERY, (published_flow, published_dance, published_cps, published_precise), strict=True)),
+    ids=SAMPLERS,
+)
+def test_every_step_is_the_published_one(sampler: sde.Stochastic, published: Callable[..., tuple]) -> None:
+    sigmas = schedule(10, 3.0).double().tolist()
+    for i, (x, v) in itertools.product(range(10), ((1.0, 0.0), (0.0, 1.0), (0.7, -1.3))):
+        c = own_step(sampler, i)
+        found = (c.x * x + c.v * v, c.std)
+        assert found == pytest.approx(published(x, v, *sigmas[i : i + 2], sigmas[1]), rel=1e-9, abs=1e-12), i
+
+
+def test_variance_along_the_schedule_is_the_published_one() -> None:
+    """Flow-SDE has 1.09 to 1.17 times the path's in its first seven steps; CPS and Precise never more, Precise nearer.
+
+    The data have a standard deviation of 0.5.
+    """
+    levels = schedule(10, 3.0).double().tolist()[:-1]
+    flow, cps, precise = (along(sampler, levels) for sampler in (FlowSDE(0.7), CPS(0.8), Precise(1.5)))
+    assert (min(flow[:7]), max(flow[:7])) == (printed("1.09"), printed("1.17"))
+    assert all(c < p <= 1 for c, p in zip(cps[1:7], precise[1:7], strict=True)) and max(cps) <= 1 >= max(precise)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS.values(), ids=SAMPLERS)
@@ -90,9 +167,13 @@ def test_sde_and_ode_reach_the_same_moments_of_a_mixture(sampler: sde.Stochastic
 
 
 def spread(sampler: sde.Stochastic, steps: int, first: float = 1.0) -> list[float]:
+    """Variance along evenly spaced levels, over that of the path."""
+    return along(sampler, torch.linspace(first, 0.02, steps + 1, dtype=torch.float64).tolist())
+
+
+def along(sampler: sde.Stochastic, levels: Sequence[float]) -> list[float]:
     """Variance over that of the path, after each step, of Gaussian data whose exact velocity is linear in x."""
-    levels = torch.linspace(first, 0.02, steps + 1, dtype=torch.float64).tolist()
-    variance, ratios = (1 - first) ** 2 * STD**2 + first**2, []
+    variance, ratios = (1 - levels[0]) ** 2 * STD**2 + levels[0] ** 2, []
     for sigma, following in itertools.pairwise(levels):
         c = sampler.coefficients(sigma, following, levels[1])
         slope = (sigma - (1 - sigma) * STD**2) / ((1 - sigma) ** 2 * STD**2 + sigma**2)
