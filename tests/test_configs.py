@@ -141,7 +141,7 @@ def test_a_round_of_r1v_makes_what_its_run_learns_from(tmp_path: Path, monkeypat
         path.write_text(yaml.safe_dump(last.recipe, sort_keys=False))
         step = load_recipe(path).steps[0]
         assert step.generator.pretrained == str(before.version / "export")
-        assert step.graded == {"score": 5} and step.judge.minimum == {"score": 5}
+        assert step.graded == "score" and step.judge.minimum == {"score": 5}
         assert list(last.link.build) == ["data/chains"] and load_recipe(last.link.build["data/chains"]).source == plain
     assert made.model.iteration.threshold == 3.0
 
