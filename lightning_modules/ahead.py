@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from data_pipeline.chat_lint import faults
 from data_pipeline.errors import InputError
 from data_pipeline.lint import lint
 from data_pipeline.records import SPELT
@@ -149,9 +150,21 @@ def wrong(argv: Sequence[str], outline: Outliner) -> Iterator[str]:
     for folder in map(Path, folders_of(made.datamodule)):
         if folder.is_dir() and any(folder.glob("*.tar")):
             yield from (f"{folder}/{line.translate(SPELT)}" for line in lint(folder))
+            yield from (f"{folder}: {line.translate(SPELT)}" for line in unlearnable(folder, made))
     bucket = unfitting(made.datamodule)
     if bucket is not None:
         yield f"data: {bucket}"
+
+
+def unlearnable(folder: Path, made: Outline) -> Iterator[str]:
+    """What a stage that learns from conversations would leave out of a folder; nothing for other stages."""
+    if not hasattr(made.model, "wanted"):
+        return
+    numbers, present, seen = made.model.wanted()
+    try:
+        yield from faults(folder, [*dict.fromkeys([*made.datamodule.minimum, *numbers])], present, seen)
+    except InputError as error:
+        yield str(error)
 
 
 def folders_of(data: Any) -> list[str]:

@@ -144,6 +144,13 @@ class R1VModule(GradientHooks, L.LightningModule):
         vision, language, projector = self.folders
         return {vision: "tower", language: "model", **({} if projector is None else {projector: "r1v"})}
 
+    def wanted(self) -> tuple[Sequence[str], Sequence[str], bool]:
+        """Scores and other metadata that each conversation must have, and whether pictures too, for the dry run."""
+        seen = self.trained == ["projector"]
+        if self.iteration is None:
+            return (), (), seen
+        return (self.iteration.score,), getattr(self.iteration.verifier, "requires", ()), seen
+
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
@@ -234,30 +241,44 @@ class R1VModule(GradientHooks, L.LightningModule):
     def errors(self, chats: Sequence[Chat]) -> list[int]:
         """E_{t-1}: ids of the conversations whose last question the model answers wrongly, found by all devices.
 
-        An answer on which the verifier fails, and a question that cannot be laid out, count as no errors: they say
-        nothing of the model.
+        An answer on which the verifier fails, and a question that cannot be laid out or has nothing to verify by, count
+        as no errors: they say nothing of the model.
         """
         assert self.iteration is not None
         settings, rank, world = self.iteration, self.trainer.global_rank, self.trainer.world_size
         decoding, wrong = Decoding(settings.max_new_tokens, 0.0), list[int]()
+        _, required, _ = self.wanted()
+        lost = 0
         for batch in in_batches(chats[rank::world], settings.samples):
-            numbers, said = self.answered(batch, decoding)
+            numbers, said = self.answered(batch, decoding, required)
             texts = [self.model.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) for tokens in said]
             requests = [Request(last_question(batch.turns[i]), metadata=batch.metadata[i]) for i in numbers]
             scores = settings.verifier.score(texts, requests)
             ids = batch.sample_ids.tolist()
             wrong += [ids[i] for i, score in zip(numbers, scores, strict=True) if score is not None and score < 1]
+            lost += len(batch) - sum(score is not None for score in scores)
+        every = [(wrong, lost)]
         if world > 1:
-            every: list[list[int]] = [[] for _ in range(world)]
-            torch.distributed.all_gather_object(every, wrong)
-            wrong = [i for own in every for i in own]
-        return sorted(wrong)
+            every *= world
+            torch.distributed.all_gather_object(every, (wrong, lost))
+        self.report_lost(sum(lost for _, lost in every), len(chats))
+        return sorted(i for own, _ in every for i in own)
+
+    def report_lost(self, lost: int, met: int) -> None:
+        """Names how many conversations were not verified; InputError where these are most."""
+        if not lost:
+            return
+        reasons = {**self.left_out, **getattr(self.iteration and self.iteration.verifier, "counts", {})}
+        text = f"{lost} of {met} conversations were not verified, and count as no errors ({reasons})"
+        if lost > MOST_LEFT_OUT * met:
+            raise InputError(f"{text}; correct the data (--dry_run names what is wrong with it) or the verifier")
+        logger.warning("%s", text)
 
     def validation_step(self, batch: ChatBatch, batch_idx: int) -> None:
         rows = self.rows(batch)
         if rows.samples:
             self.log("val/loss", self.loss(rows)[0], batch_size=rows.samples, sync_dist=True)
-        numbers, said = self.answered(batch, Decoding(self.val_tokens, 0.0), "answer")
+        numbers, said = self.answered(batch, Decoding(self.val_tokens, 0.0), ["answer"])
         if not said:
             return
         texts = [self.model.tokenizer.decode(t.tolist(), skip_special_tokens=True) for t in said]
@@ -265,14 +286,15 @@ class R1VModule(GradientHooks, L.LightningModule):
         self.log("val/accuracy", sum(right) / len(right), prog_bar=True, batch_size=len(right), sync_dist=True)
         self.log("val/length", sum(map(len, said)) / len(said), batch_size=len(said), sync_dist=True)
 
-    def answered(self, batch: ChatBatch, decoding: Decoding, known: str = "") -> tuple[list[int], list[Tensor]]:
+    def answered(
+        self, batch: ChatBatch, decoding: Decoding, known: Sequence[str] = ()
+    ) -> tuple[list[int], list[Tensor]]:
         """Answers to the last questions of a batch, and the numbers in it of those that can be asked.
 
-        Only conversations whose metadata hold `known` are asked, where it is given.
+        Only conversations whose metadata hold all of `known` are asked.
         """
-        asked = [
-            (i, each) for i, each in self.laid_out(batch, self.layout.prompt) if not known or known in batch.metadata[i]
-        ]
+        laid = self.laid_out(batch, self.layout.prompt)
+        asked = [(i, each) for i, each in laid if all(batch.metadata[i].get(name) not in (None, "") for name in known)]
         if not asked:
             return [], []
         engine = TransformersEngine()

@@ -65,6 +65,7 @@ def chat_needs(run: Run, stage: ChatStage) -> Needs:
 def answer_needs(run: Run, stage: AnswerStage) -> Needs:
     """Of reinforcement: each question and its answers as long as they may be."""
     folder, sampling = planned_r1v(stage.pretrained), stage.sampling
+    sampling.share(run.devices)  # a plan that cannot be carried out is none
     config, missing = config_in(folder, {"vision_config": INTERNVIT_6B, "llm_config": QWEN25_32B})
     tiles = int({**TILING, **config}["max_dynamic_patch"]) if not missing else 12
     model = Outlined.of(config["vision_config"], config["llm_config"], tiles, run, stage.train_parts, stage.recompute)

@@ -131,7 +131,9 @@ def test_errors_are_what_the_verifier_finds_wrong(shards: str, tmp_path: Path) -
     assert own.errors(chats) == sorted(chat.record.sample_id for chat in chats[2::3])
 
 
-def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(shards: str, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(
+    shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Wrong:
         """All are wrong."""
 
@@ -150,11 +152,25 @@ def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(shards: str, t
     ids = [chat.record.sample_id for chat in (told, chats[3])]
     assert own.errors([bare, told, long, chats[3]]) == sorted(ids)
     assert own.left_out == {"missing picture": 1, "too long": 1}
+    assert "2 of 4 conversations were not verified" in caplog.text
+    with pytest.raises(InputError, match=r"2 of 3 conversations were not verified.*missing picture"):
+        own.errors([bare, long, told])
+    own.left_out.clear()
     batch = next(in_batches([bare, told, chats[3]], 3))
     logged: dict[str, float] = {}
     own.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
     own.eval().validation_step(batch, 0)
     assert {"val/loss", "val/accuracy"} <= set(logged)
+
+
+def test_what_has_no_answer_is_no_error(shards: str, tmp_path: Path) -> None:
+    own = module(iteration=Iteration(Accuracy(), max_new_tokens=2, samples=9))
+    own.configure_model()
+    own.trainer = trainer(tmp_path, 1)
+    assert own.wanted() == (("score",), ("answer",), True) and module().wanted() == ((), (), True)
+    chats = load_chats([shards], {}, {})[:3]
+    unknown = replace(chats[0], metadata={})
+    assert own.errors([unknown, *chats[1:]]) == sorted(chat.record.sample_id for chat in chats[1:])
 
 
 @pytest.mark.parametrize("normalisation", ["token", "sample", "square"])
