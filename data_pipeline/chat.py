@@ -19,16 +19,15 @@ from torch.utils.data import Dataset
 
 from data_pipeline import parquet
 from data_pipeline.chat_batches import ChatBatch
+from data_pipeline.chat_plan import BUCKET, SET
 from data_pipeline.dataset import Verify
 from data_pipeline.errors import InputError
 from data_pipeline.index import SCHEMA, TEXT_FIELDS, IndexedRecord, load_index, read_member, sidecars, view_member
-from data_pipeline.plan import PHASE_EPOCHS, Bucket, Draw, Plan, PlannedBatch
+from data_pipeline.plan import PHASE_EPOCHS, Draw, PlannedBatch
 from data_pipeline.transforms import decode
 
 logger = logging.getLogger(__name__)
 
-SET = "reasoning"
-BUCKET: Bucket = ((0, 0),)  # conversations have no shape: all are of one bucket
 MOST_UNSCORED = 0.5  # share of conversations without the score that they are chosen by
 
 
@@ -125,11 +124,6 @@ def parts(chats: Iterable[Chat], val_fraction: float) -> tuple[list[Chat], list[
     return train, val
 
 
-def plan(count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Plan:
-    """The order of conversations: a keyed permutation an epoch."""
-    return Plan({(SET, BUCKET): count}, {SET: 1}, lambda bucket: batch_size, seed, rank, world_size)
-
-
 class ChatDataset(Dataset[ChatBatch]):
     """Maps a planned batch to conversations with their pictures decoded.
 
@@ -158,7 +152,7 @@ class ChatDataset(Dataset[ChatBatch]):
 
 def pictures(record: IndexedRecord, verify: bool = False) -> list[Tensor]:
     """A record's pictures in order, at their own size, (3, h, w) uint8."""
-    names = [f"image{i or ''}" for i in range(len(record.members)) if f"image{i or ''}" in record.members]
+    names = shown(record)
     try:
         return [
             torch.from_numpy(np.array(decode(view_member(record, name, verify)))).permute(2, 0, 1).contiguous()
@@ -170,6 +164,17 @@ def pictures(record: IndexedRecord, verify: bool = False) -> list[Tensor]:
         raise InputError(
             f"{record.shard}: a picture of record {record.key} does not decode ({error}); build the shard again"
         ) from error
+
+
+def shown(record: IndexedRecord) -> list[str]:
+    """Names of a record's pictures, in order."""
+    return [name for i in range(len(record.members)) if (name := f"image{i or ''}") in record.members]
+
+
+def sizes(record: IndexedRecord) -> list[tuple[int, int]]:
+    """Heights and widths of a record's pictures, in order; 0 where the index does not know them."""
+    members = [record.members[name] for name in shown(record)]
+    return [(member.height, member.width) for member in members]
 
 
 def in_batches(chats: Sequence[Chat], size: int) -> Iterator[ChatBatch]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.chat import SET, scores_of
+from data_pipeline.chat import scores_of
+from data_pipeline.chat_plan import SET
 from data_pipeline.errors import InputError
 from data_pipeline.index import TEXT_FIELDS, load_index, read_member
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from data_pipeline.chat import Chat, in_batches
+from data_pipeline.chat import Chat, in_batches, sizes
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.questions import answer_of
@@ -156,14 +156,34 @@ class R1VModule(GradientHooks, L.LightningModule):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
-        """Chooses an iteration's data, unless a checkpoint says what was chosen."""
-        if self.iteration is None:
-            return
+        """Chooses an iteration's data, unless a checkpoint says what was chosen; measures what batches of tokens need."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.wrong is None:
-            data.wrong = self.errors(data.train)
-        data.narrow(self.iteration.score, self.iteration.threshold)
-        logger.info("%d conversations, of them %d answered wrongly before", len(data.train), len(data.wrong))
+        if self.iteration is not None:
+            if data.wrong is None:
+                data.wrong = self.errors(data.train)
+            data.narrow(self.iteration.score, self.iteration.threshold)
+            logger.info("%d conversations, of them %d answered wrongly before", len(data.train), len(data.wrong))
+        if data.batch_tokens is not None:
+            data.lengths = self.lengths(data.train)
+
+    def lengths(self, chats: Sequence[Chat]) -> list[int]:
+        """Tokens of each conversation, measured by all devices; 0 for what is left out when it comes."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        every = [[self.tokens_of(chat) for chat in chats[rank::world]]]
+        if world > 1:
+            every, own = [[]] * world, every[0]
+            torch.distributed.all_gather_object(every, own)
+        found = [every[i % world][i // world] for i in range(len(chats))]
+        logger.info("%d conversations have %d tokens", len(found), sum(found))
+        return found
+
+    def tokens_of(self, chat: Chat) -> int:
+        """Tokens of a conversation to learn from; 0 where it cannot be laid out or is longer than the context."""
+        try:
+            found = self.layout.length(chat.turns, sizes(chat.record))
+        except LayoutError:
+            return 0
+        return found if found <= self.context else 0
 
     def on_train_start(self) -> None:
         """Sets the mode in which transformers recomputes; until here a model is in the other one, and can answer."""

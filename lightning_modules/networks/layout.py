@@ -111,6 +111,31 @@ class Layout:
                 than the context.
         """
         turns, tiles, counts = self._with_pictures(turns, pictures)
+        ids, labels, used = self._learned(turns, counts)
+        # Pictures after the last answer have no tokens.
+        return self._checked(Sample(ids, labels, tiles[: sum(counts[:used])]))
+
+    def length(self, turns: Turns, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that `sample` gives a conversation, found without its pictures: from their (height, width) alone.
+
+        A size of 0 is not known, and counts as the most tiles. LayoutError as of `sample`, but for the context.
+        """
+        self._check(turns, len(sizes))
+        counts = [self._tiles_of(*size) for size in sizes]
+        ids, _, used = self._learned(turns, [0] * len(counts))
+        return len(ids) + self.tokens_per_tile * sum(counts[:used])
+
+    def _tiles_of(self, height: int, width: int) -> int:
+        """Tiles of a picture, its thumbnail included."""
+        if not height or not width:
+            found = self.max_tiles
+        else:
+            columns, rows = best_grid(width, height, self.image_size, self.min_tiles, self.max_tiles)
+            found = columns * rows
+        return found + (self.thumbnail and found > 1)
+
+    def _learned(self, turns: Turns, counts: Sequence[int]) -> tuple[list[int], list[int], int]:
+        """Tokens and labels of a conversation whose pictures have so many tiles, and how many pictures have tokens."""
         ids: list[int] = []
         labels: list[int] = []
         text, used = "", 0
@@ -129,8 +154,7 @@ class Layout:
             text = asked + learned + self.tokenizer.eos_token
         if not ids:
             raise LayoutError("no answer", "the conversation has no turn of an assistant")
-        # Pictures after the last answer have no tokens.
-        return self._checked(Sample(ids, labels, tiles[: sum(counts[:used])]))
+        return ids, labels, used
 
     def prompt(self, turns: Turns, pictures: Sequence[UInt8[Tensor, "3 _ _"]] = ()) -> Sample:
         """A conversation up to where the assistant's last answer begins; its own last answer, if any, is left out."""
@@ -143,17 +167,21 @@ class Layout:
         self, turns: Turns, pictures: Sequence[Tensor]
     ) -> tuple[list[tuple[str, str]], Tensor, list[int]]:
         """Turns that are clean, the tiles of all pictures, and how many each picture has."""
+        self._check(turns, len(pictures))
+        cut = [self.tiles(picture) for picture in pictures]
+        none = torch.empty(0, 3, self.image_size, self.image_size)
+        return list(turns), torch.cat([none, *cut]), [len(tiles) for tiles in cut]
+
+    def _check(self, turns: Turns, pictures: int) -> None:
+        """Refuses texts that are not clean, and marks that are not those of the pictures."""
         reserved = [t for t in self.tokenizer.all_special_tokens if any(t in text for _, text in turns)]
         if reserved:
             raise LayoutError("reserved token", f"a text holds {', '.join(reserved)}, which only the layout may place")
         if any(MARK in text for role, text in turns if role == "assistant"):
             raise LayoutError("picture in an answer", f"an answer holds {MARK}; pictures are for users to show")
         marks = sum(text.count(MARK) for _, text in turns)
-        if marks != len(pictures):
-            raise LayoutError("missing picture", f"{marks} marks {MARK} for {len(pictures)} pictures")
-        cut = [self.tiles(picture) for picture in pictures]
-        none = torch.empty(0, 3, self.image_size, self.image_size)
-        return list(turns), torch.cat([none, *cut]), [len(tiles) for tiles in cut]
+        if marks != pictures:
+            raise LayoutError("missing picture", f"{marks} marks {MARK} for {pictures} pictures")
 
     def tiles(self, picture: UInt8[Tensor, "3 _ _"]) -> Float[Tensor, "n 3 s s"]:
         """InternVL's dynamic tiling, normalised."""

@@ -6,15 +6,17 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from chains import grpo
 from micro_r1v import part, question_shards
 from safetensors.torch import load_file
 
 from callbacks import Export
-from data_pipeline.chat import in_batches, load_chats
+from data_pipeline.chat import in_batches, load_chats, pictures
+from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.chat_datamodule import ChatDataModule
 from data_pipeline.errors import InputError
 from lightning_modules.losses.tokens import token_weights
-from lightning_modules.networks.layout import packed
+from lightning_modules.networks.layout import Rows, packed
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.reasoning import WINDOW, Iteration, R1VModule
 from lightning_modules.rewards.answers import Accuracy
@@ -161,6 +163,42 @@ def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(
     own.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
     own.eval().validation_step(batch, 0)
     assert {"val/loss", "val/accuracy"} <= set(logged)
+
+
+def test_batches_of_tokens_fill_rows_and_resume_bit_for_bit(shards: str, tmp_path: Path) -> None:
+    """Rows are full to the context, one a batch; a run that was stopped goes on with the very same ones."""
+    seen: list[tuple[int, int]] = []
+
+    class Watched(R1VModule):
+        def rows(self, batch: ChatBatch) -> Rows:
+            found = super().rows(batch)
+            seen.append((len(found.input_ids), found.samples))
+            return found
+
+    def made() -> R1VModule:
+        return Watched(str(part("tower")), str(part("reasoner")), context=256, max_tiles=1, optimizer=FAST, steps=4)
+
+    whole, served = made(), data(shards, batch_tokens=256)
+    trainer(tmp_path, 4).fit(whole, datamodule=served)
+    assert {rows for rows, _ in seen} == {1} and sum(samples for _, samples in seen) > 4 * 2
+    samples = [whole.layout.sample(chat.turns, pictures(chat.record)) for chat in served.train]
+    assert served.lengths == [len(sample) for sample in samples]
+    first = made()
+    run = trainer(tmp_path, 2)
+    run.fit(first, datamodule=data(shards, batch_tokens=256))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    second = made()
+    trainer(tmp_path, 4).fit(second, datamodule=data(shards, batch_tokens=256), ckpt_path=tmp_path / "half.ckpt")
+    for name, tensor in whole.model.projector.state_dict().items():
+        assert torch.equal(tensor, second.model.projector.state_dict()[name])
+    narrow = module(context=28)
+    narrow.configure_model()
+    assert [narrow.tokens_of(chat) for chat in served.train] == [n if n <= 28 else 0 for n in served.lengths]
+
+
+def test_questions_are_not_measured(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="data.batch_tokens is for stages that measure"):
+        trainer(tmp_path, 1).fit(grpo(), datamodule=data(shards, batch_tokens=256))
 
 
 def test_what_has_no_answer_is_no_error(shards: str, tmp_path: Path) -> None:
