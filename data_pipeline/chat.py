@@ -43,8 +43,8 @@ class Chat:
 def load_chats(folders: Sequence[str], minimum: Mapping[str, float], equal: Mapping[str, Any]) -> list[Chat]:
     """The conversations of folders of shards, in stored order, whose metadata pass; counts of what did not are logged.
 
-    A score that was added to the index (`python -m data_pipeline score`) goes before one of its name in the record: what
-    its scorer left null is no score.
+    A score that was added to the index (`python -m data_pipeline score`) goes before one of its name in the record:
+    what its scorer left null is no score.
 
     Args:
         folders: of shards.
@@ -211,13 +211,13 @@ def chosen(chats: Sequence[Chat], score: str, threshold: float, wrong: Collectio
     if len(found) == len(chats):
         least = min(chat.metadata[score] for chat in scored)
         logger.warning(
-            "the %s of %g chooses nothing: all %d conversations are trained on, the least %s is %g and %d were answered "
-            "wrongly", score, threshold, len(chats), score, least, len(wrong),
+            "the %s of %g chooses nothing: all %d conversations are trained on, the least %s is %g and %d were "
+            "answered wrongly", score, threshold, len(chats), score, least, len(wrong),
         )  # fmt: skip
     return found
 
 
 def reaches(chat: Chat, score: str, threshold: float) -> bool:
     """Whether a conversation has a score, and one that is high enough."""
-    value = chat.metadata.get(score)
-    return type(value) in (int, float) and value >= threshold
+    value: Any = chat.metadata.get(score)
+    return type(value) in (int, float) and bool(value >= threshold)

@@ -131,8 +131,8 @@ class ChatDataModule(L.LightningDataModule):
         """The order from where training stands."""
         if self.batch_tokens is not None and self.lengths is None:
             raise InputError(
-                "data.batch_tokens is for stages that measure conversations, such as reasoning.R1VModule; this one asks "
-                "questions, set data.batch_size"
+                "data.batch_tokens is for stages that measure conversations, such as reasoning.R1VModule; this one "
+                "asks questions, set data.batch_size"
             )
         self.consumed = self.plan()
         if self._restored is not None:

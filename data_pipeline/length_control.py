@@ -98,7 +98,8 @@ class LengthControl:
         text = f"{lacking} of {len(rows)} records of {self.scores} have no scores of difficulty ({why})"
         if lacking > MOST_UNSCORED * len(rows):
             raise InputError(
-                f"{text}; score them again: python -m data_pipeline score {self.scores} -c configs/data/score_chains.yaml"
+                f"{text}; score them again: python -m data_pipeline score {self.scores} -c "
+                "configs/data/score_chains.yaml"
             )
         logger.warning("%s", text)
 

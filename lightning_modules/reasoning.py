@@ -156,7 +156,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
-        """Chooses an iteration's data, unless a checkpoint says what was chosen; measures what batches of tokens need."""
+        """Chooses an iteration's data, unless a checkpoint says what was chosen; measures it for batches of tokens."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.iteration is not None:
             if data.wrong is None:

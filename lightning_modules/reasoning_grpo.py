@@ -112,7 +112,10 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         self.model: Any = None
         self.waiting: list[list[Answer]] = []
         self.updates, self.asked, self.idle = 0, 0, 0
-        self.refused, self.unscored = 0, 0  # batches in a row of mostly lost questions; groups without a score in a batch
+        self.refused, self.unscored = (
+            0,
+            0,
+        )  # batches in a row of mostly lost questions; groups without a score in a batch
         self.left_out, self.failures = Counter[str](), Counter[str]()
         self.required = required(rewards)
         self._loaded_buffer: list[dict[str, Any]] = []
@@ -183,10 +186,10 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         self.refused = self.refused + 1 if lost > MOST_LEFT_OUT * met else 0
         if self.refused == PATIENCE:
             raise InputError(
-                f"in {PATIENCE} batches in a row most questions were left out ({dict(self.left_out) or 'none'} so far) or "
-                f"their answers got no score ({dict(self.failures) or 'none'} so far): rewards fail, or the data do not "
-                "suit them. Look at answers/* in TensorBoard and at the log; correct the data (--dry_run names what is "
-                "wrong with it), the verifier or the judge, or raise model.init_args.context"
+                f"in {PATIENCE} batches in a row most questions were left out ({dict(self.left_out) or 'none'} so far) "
+                f"or their answers got no score ({dict(self.failures) or 'none'} so far): rewards fail, or the data do "
+                "not suit them. Look at answers/* in TensorBoard and at the log; correct the data (--dry_run names "
+                "what is wrong with it), the verifier or the judge, or raise model.init_args.context"
             )
 
     def questions(self, batch: ChatBatch) -> list[Question]:

@@ -61,8 +61,8 @@ def rubric() -> str:
 
 @dataclass
 class VlmChainGrades:
-    """Columns `name` (from 0 to 5) and `name`_note by a vision-language model, which sees the pictures, the last question
-    and the last answer, and the right answer where the record's metadata hold "answer".
+    """Columns `name` (from 0 to 5) and `name`_note by a vision-language model, which sees the pictures, the last
+    question and the last answer, and the right answer where the record's metadata hold "answer".
 
     A record whose judge says nothing that can be used has a null grade and a note, never a number.
 

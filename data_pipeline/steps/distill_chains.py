@@ -25,7 +25,8 @@ reasoning anew, as brief as the question allows, so that it leads to the right a
 question cannot be answered from the pictures, or the right answer is not right, say "reject".
 Grade what is then to be learned from, the kept answer or the new one: {rubric}.
 Answer with one JSON object and nothing else:
-{{"decision": "keep" or "rewrite" or "reject", "reasoning": "the new reasoning, or nothing", "grade": whole number 0 to 5}}"""
+{{"decision": "keep" or "rewrite" or "reject", "reasoning": "the new reasoning, or nothing",
+"grade": whole number 0 to 5}}"""
 
 
 class Generated(NamedTuple):

@@ -53,10 +53,11 @@ class ChainSampling:
                 f"{self.micro_answers} even, so that pairs stay together"
             )
 
-
     def share(self, devices: int) -> int:
-        """Groups of a device in each of an iteration's updates. InputError where they cannot be shared out evenly, which
-        names the nearest numbers of groups that can."""
+        """Groups of a device in each of an iteration's updates.
+
+        InputError where they cannot be shared out evenly, which names the nearest numbers of groups that can.
+        """
         unit = devices * self.updates
         if self.groups % unit:
             below = self.groups // unit * unit

@@ -45,7 +45,7 @@ def endpoint(judge: Server) -> Endpoint:
 def test_a_judge_is_shown_question_and_answer_and_its_grade_is_a_column(judge: Server) -> None:
     judge.reply = lambda text, times: chat('{"reasoning": "fine", "grade": 4}')
     step = VlmChainGrades(endpoint(judge), name="quality")
-    assert step.score([record("It is \"red\".", answer="red")]) == [{"quality": 4.0, "quality_note": None}]
+    assert step.score([record('It is "red".', answer="red")]) == [{"quality": 4.0, "quality_note": None}]
     [question] = judge.texts()
     assert 'Right answer: "red"' in question and json.dumps('It is "red".') in question and "what colour?" in question
     assert judge.asked[0]["messages"][0]["content"][0]["type"] == "image_url"
@@ -66,7 +66,9 @@ def test_nonsense_is_no_grade(judge: Server, said: str) -> None:
 
 def test_what_has_no_answer_is_not_asked_about(judge: Server) -> None:
     bare = ReasoningRecord("r-2", (PICTURE,), (("user", "<image>what?"),))
-    found = VlmChainGrades(endpoint(judge), longest=10).score([bare, record("x" * 11), TextImageRecord("t", PICTURE, "a")])
+    found = VlmChainGrades(endpoint(judge), longest=10).score(
+        [bare, record("x" * 11), TextImageRecord("t", PICTURE, "a")]
+    )
     assert [row["score"] for row in found] == [None] * 3 and not judge.asked
     notes = [row["score_note"] for row in found]
     assert "does not end with an answer" in notes[0] and "11 characters" in notes[1] and "text_image" in notes[2]
@@ -106,7 +108,7 @@ def test_a_score_that_nobody_could_give_is_an_error_with_its_reason(judge: Serve
     score(folder, [VlmChainGrades(endpoint(judge))], Local())
     with pytest.raises(InputError, match=r"16 of 16 conversations have no number score.*never.*grade_chains.yaml"):
         chosen(load_chats([str(folder)], {}, {}), "score", 2, ())
-    with pytest.raises(InputError, match="without a number score.: 16"):
+    with pytest.raises(InputError, match=r"without a number score': 16"):
         load_chats([str(folder)], {"score": 2}, {})
 
 

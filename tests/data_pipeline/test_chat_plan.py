@@ -71,8 +71,8 @@ def test_a_place_of_a_plan_by_numbers_is_one_of_tokens() -> None:
         next(plain)
     order = PackedPlan([10] * 10, 40, 0)
     order.load_state_dict(plain.state_dict())
-    assert [draw.index for draw in next(order).draws] == [draw.index for draw in (*next(plain).draws, *next(plain).draws)][
-        :4
-    ]
+    assert [draw.index for draw in next(order).draws] == [
+        draw.index for draw in (*next(plain).draws, *next(plain).draws)
+    ][:4]
     with pytest.raises(InputError, match="too few for 4 ranks"):
         PackedPlan([1, 2, 3], 10, 0, 0, 4)

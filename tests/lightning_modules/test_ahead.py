@@ -176,7 +176,9 @@ def test_a_dry_run_counts_conversations_that_would_be_left_out(
     asked = changed(path, tmp_path / "iteration.yaml", model__init_args__iteration=iteration)
     assert main(["fit", "-c", str(asked), "--dry_run"]) == 1
     printed = capsys.readouterr().out
-    assert f"{folder}: 48 of 48 conversations: without a number quality, such as " in printed and "1 problems" in printed
+    assert (
+        f"{folder}: 48 of 48 conversations: without a number quality, such as " in printed and "1 problems" in printed
+    )
 
 
 def test_groups_that_cannot_be_shared_are_named_by_plan_and_dry_run(

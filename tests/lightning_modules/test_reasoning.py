@@ -197,7 +197,7 @@ def test_batches_of_tokens_fill_rows_and_resume_bit_for_bit(shards: str, tmp_pat
 
 
 def test_questions_are_not_measured(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="data.batch_tokens is for stages that measure"):
+    with pytest.raises(InputError, match=r"data\.batch_tokens is for stages that measure"):
         trainer(tmp_path, 1).fit(grpo(), datamodule=data(shards, batch_tokens=256))
 
 

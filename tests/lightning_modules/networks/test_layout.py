@@ -66,7 +66,12 @@ def test_a_conversation_is_measured_without_its_pictures(name: str, thumbnail: b
     shapes = [(64, 64), (64, 190), (300, 100), (40, 300)]
     shown = [torch.zeros(3, *shape, dtype=torch.uint8) for shape in shapes]
     talks = [
-        [("user", "<image>a"), ("assistant", "<think>\nb\n</think>\nc"), ("user", "c<image>d<image>"), ("assistant", "e")],
+        [
+            ("user", "<image>a"),
+            ("assistant", "<think>\nb\n</think>\nc"),
+            ("user", "c<image>d<image>"),
+            ("assistant", "e"),
+        ],
         [("system", "be brief"), ("user", "<image><image><image>how many?"), ("assistant", "three")],
         [("user", "<image>a"), ("assistant", "b"), ("user", "<image>after the last answer <image>")],
     ]

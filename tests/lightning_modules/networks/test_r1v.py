@@ -137,7 +137,9 @@ def test_answers_are_the_likeliest_tokens_whatever_the_language_model(family: st
     """Of a padded batch with a cache, as without either."""
     model = released(tmp_path, family)
     layout, pictures = Layout.of(model, 64), torch.arange(2 * 3 * 56 * 56).reshape(2, 3, 56, 56).to(torch.uint8)
-    asked = [layout.prompt([("user", text)], [p]) for text, p in zip(("<image>a", "<image>how many?"), pictures, strict=True)]
+    asked = [
+        layout.prompt([("user", text)], [p]) for text, p in zip(("<image>a", "<image>how many?"), pictures, strict=True)
+    ]
     rows = prompts(asked, model.pad_token)
     said = model.generate(rows.input_ids, rows.attention_mask, model.image_features(rows.tiles), 5, temperature=0.0)
     for sample, answer in zip(asked, said.tolist(), strict=True):
