@@ -163,7 +163,7 @@ class R1VModule(GradientHooks, L.LightningModule):
                 data.wrong = self.errors(data.train)
             data.narrow(self.iteration.score, self.iteration.threshold)
             logger.info("%d conversations, of them %d answered wrongly before", len(data.train), len(data.wrong))
-        if data.batch_tokens is not None:
+        if getattr(data, "batch_tokens", None) is not None:
             data.lengths = self.lengths(data.train)
 
     def lengths(self, chats: Sequence[Chat]) -> list[int]:

@@ -62,7 +62,7 @@ def rubric() -> str:
 @dataclass
 class VlmChainGrades:
     """Columns `name` (from 0 to 5) and `name`_note by a vision-language model, which sees the pictures, the last
-    question and the last answer, and the right answer where the record's metadata hold "answer".
+    question, what was said before it, the last answer, and the right one where the record's metadata hold "answer".
 
     A record whose judge says nothing that can be used has a null grade and a note, never a number.
 
@@ -153,12 +153,14 @@ def checked(name: str) -> None:
 
 
 def last_exchange(record: Record) -> tuple[str, str]:
-    """The last question of a conversation and the answer to it; Unanswered where there is none."""
+    """The last question of a conversation, behind what was said before it, and the answer to it; Unanswered where there
+    is none."""
     if not isinstance(record, ReasoningRecord):
         raise Unanswered(f"records of kind {record.kind} are not graded")
     if not record.turns or record.turns[-1][0] != "assistant" or not record.turns[-1][1].strip():
         raise Unanswered("the conversation does not end with an answer")
-    return next((text for role, text in reversed(record.turns) if role == "user"), ""), record.turns[-1][1]
+    *before, (_, answer) = record.turns
+    return before[0][1] if len(before) == 1 else "\n".join(f"{role}: {text}" for role, text in before), answer
 
 
 def true_grade(record: Record, answer: str) -> float:

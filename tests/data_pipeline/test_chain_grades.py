@@ -11,14 +11,15 @@ import pytest
 from chat_server import Server, chat, running
 from micro_r1v import question_shards
 
+from data_pipeline.__main__ import main
 from data_pipeline.chat import chosen, load_chats, scores_of
 from data_pipeline.chat_datamodule import ChatDataModule
 from data_pipeline.endpoint import Endpoint
 from data_pipeline.errors import InputError
 from data_pipeline.executors.local import Local
-from data_pipeline.recipe import Recipe, load_scoring
+from data_pipeline.recipe import Recipe
 from data_pipeline.records import EncodedImage, ReasoningRecord, TextImageRecord
-from data_pipeline.score import score, unscored
+from data_pipeline.score import score
 from data_pipeline.sources import SceneQuestions
 from data_pipeline.steps.chain_grades import SceneChainGrades, VlmChainGrades, true_grade
 from data_pipeline.steps.metadata import Metadata
@@ -53,6 +54,10 @@ def test_a_judge_is_shown_question_and_answer_and_its_grade_is_a_column(judge: S
     assert step.columns()[0].metadata[b"scorer"] == b"m"
     step.score([record("It is red.")])
     assert "Right answer" not in judge.texts()[1]
+    turns = (("user", "<image>colour?"), ("assistant", "red."), ("user", "sure?"), ("assistant", "yes."))
+    step.score([ReasoningRecord("r-2", (PICTURE,), turns)])
+    assert json.dumps("user: <image>colour?\nassistant: red.\nuser: sure?") in judge.texts()[2]
+    assert 'graded, with its reasoning: "yes."' in judge.texts()[2]
     with pytest.raises(InputError, match="name of a grade"):
         VlmChainGrades(endpoint(judge), name="A b")
 
@@ -74,11 +79,11 @@ def test_what_has_no_answer_is_not_asked_about(judge: Server) -> None:
     assert "does not end with an answer" in notes[0] and "11 characters" in notes[1] and "text_image" in notes[2]
 
 
-def test_the_recipe_scores_shards_and_iterations_choose_by_it(judge: Server, tmp_path: Path) -> None:
+def test_the_recipe_scores_shards_and_iterations_choose_by_it(
+    judge: Server, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """From the recipe to what an iteration trains on; the records' own "score" no longer counts."""
     folder = question_shards(tmp_path / "shards", counts={"chain": 32}, flawed=0.5)
-    [step] = load_scoring(RECIPE)
-    assert (step.name, step.endpoint.model) == ("score", "Qwen/Qwen2.5-VL-72B-Instruct")
     before = {chat.record.key: chat for chat in load_chats([str(folder)], {}, {})}
     poor = [chat for chat in before.values() if chat.turns[1][1].endswith("{yes}")]
     told = {json.dumps(poor[0].turns[0][1])}  # of this one the judge says nothing that can be used
@@ -89,9 +94,10 @@ def test_the_recipe_scores_shards_and_iterations_choose_by_it(judge: Server, tmp
         return chat(json.dumps({"grade": 1 if "{yes}" in text else 5}))
 
     judge.reply = reply
-    step = VlmChainGrades(endpoint(judge))
-    assert "32 records" in score(folder, [step], Local())
-    assert "no idea" in unscored(folder)
+    recipe = tmp_path / RECIPE.name
+    recipe.write_text(RECIPE.read_text().replace("http://127.0.0.1:8000/v1", judge.url))
+    assert main(["score", str(folder), "-c", str(recipe), "--workers", "1"]) == 0
+    assert "32 records" in (told_user := capsys.readouterr().out) and "no idea" in told_user
     chats = load_chats([str(folder)], {}, {})
     grades = {c.record.key: c.metadata["score"] for c in chats}
     assert set(grades.values()) == {None, 1.0, 5.0} and grades[poor[0].record.key] is None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -194,6 +195,31 @@ def test_batches_of_tokens_fill_rows_and_resume_bit_for_bit(shards: str, tmp_pat
     narrow = module(context=28)
     narrow.configure_model()
     assert [narrow.tokens_of(chat) for chat in served.train] == [n if n <= 28 else 0 for n in served.lengths]
+
+
+def test_devices_share_the_measuring_and_the_looking_for_errors(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, one after the other; what one gathers is what both found."""
+    own = module(iteration=Iteration(Accuracy(), max_new_tokens=2, samples=9))
+    own.configure_model()
+    own.trainer = trainer(tmp_path, 1)
+    chats = load_chats([shards], {}, {})[:7]
+    whole = own.lengths(chats), own.errors(chats)
+    assert len(set(whole[0])) > 1 and len(whole[1]) == 7
+    told: list[object] = []
+
+    def gathered(found: list, mine: object) -> None:
+        told.append(mine)
+        found[:] = [told[0], told[-1]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    for work, expected in zip((own.lengths, own.errors), whole, strict=True):
+        told.clear()
+        for rank in range(2):
+            own._trainer = SimpleNamespace(global_rank=rank, world_size=2)
+            last = work(chats)
+        assert last == expected
 
 
 def test_questions_are_not_measured(shards: str, tmp_path: Path) -> None:
