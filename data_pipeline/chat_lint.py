@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.chat import scores_of
+from data_pipeline.chat import scores_of, sizes
 from data_pipeline.chat_plan import SET
 from data_pipeline.errors import InputError
 from data_pipeline.index import TEXT_FIELDS, load_index, read_member
 
 MARK = "<image>"
 ROLES = ("system", "user", "assistant")
+# Of turns and the pictures' (height, width): why a model's layout refuses them, reason and detail; None if it does not.
+Refused = Callable[[list[tuple[str, str]], list[tuple[int, int]]], tuple[str, str] | None]
 
 
-def faults(folder: Path, numbers: Sequence[str] = (), present: Sequence[str] = (), seen: bool = False) -> Iterator[str]:
+def faults(
+    folder: Path,
+    numbers: Sequence[str] = (),
+    present: Sequence[str] = (),
+    seen: bool = False,
+    refused: Refused | None = None,
+) -> Iterator[str]:
     """A line for each reason for which conversations of a folder of shards would not be trained on.
 
     Args:
@@ -24,6 +32,7 @@ def faults(folder: Path, numbers: Sequence[str] = (), present: Sequence[str] = (
         numbers: scores that each must have, for data.minimum and iterations.
         present: what else the metadata of each must hold, such as the "answer" that a verifier compares with.
         seen: whether each must show a picture, because a projector alone learns.
+        refused: what a model's tokenizer can tell, where it is here: reserved tokens, more tokens than the context.
     """
     found: dict[str, list[str]] = {}
     total, scores = 0, scores_of(folder)
@@ -39,7 +48,10 @@ def faults(folder: Path, numbers: Sequence[str] = (), present: Sequence[str] = (
             facts = {"turns": [], "error": error}
         metadata = {**(facts.get("metadata") or {}), **scores.get(record.sample_id, {})}
         pictures = sum(name not in TEXT_FIELDS for name in record.members)
-        own = [*fault(facts.get("turns"), pictures, seen), *lacking(metadata, numbers, present)]
+        own = [*fault(facts.get("turns"), pictures, seen)]
+        if refused is not None and not own and (why := refused([(r, t) for r, t in facts["turns"]], sizes(record))):
+            own.append(why)
+        own += lacking(metadata, numbers, present)
         for reason, detail in own:
             found.setdefault(reason, []).append(f"{record.key} ({detail})")
     for reason, each in found.items():
@@ -49,7 +61,7 @@ def faults(folder: Path, numbers: Sequence[str] = (), present: Sequence[str] = (
 def fault(turns: Any, pictures: int, seen: bool = False) -> Iterator[tuple[str, str]]:
     """Why a conversation cannot be laid out, by the names that the layout gives: `networks.layout.LayoutError`.
 
-    What only a tokenizer can tell, reserved tokens and a text longer than the context, is found when it is laid out.
+    What only a tokenizer can tell is not found here.
     """
     if not isinstance(turns, list) or not all(isinstance(t, list) and len(t) == 2 for t in turns):
         yield "no turns", "expected a list of role and text"

@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from data_pipeline.records import SPELT
 from lightning_modules import planning, preflight
 from lightning_modules.commands import RUNS, overridden, read_config
 from lightning_modules.folders import NotBuilt
+from lightning_modules.networks.layout import LayoutError
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.planning import Machine, Plan, Run
 from lightning_modules.preflight import Finding
@@ -162,7 +164,15 @@ def unlearnable(folder: Path, made: Outline) -> Iterator[str]:
         return
     numbers, present, seen = made.model.wanted()
     try:
-        yield from faults(folder, [*dict.fromkeys([*made.datamodule.minimum, *numbers])], present, seen)
+        layout = made.model.planned_layout()
+    except (NotBuilt, CheckpointError):  # there is no folder yet, or what is wrong with it has been named
+        layout = None
+    except LayoutError as error:
+        yield str(error)
+        return
+    refused = layout and partial(layout.refused, asked=made.model.asks)
+    try:
+        yield from faults(folder, [*dict.fromkeys([*made.datamodule.minimum, *numbers])], present, seen, refused)
     except InputError as error:
         yield str(error)
 

@@ -19,14 +19,14 @@ from data_pipeline.chat import Chat, in_batches, sizes
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.questions import answer_of
-from lightning_modules.folders import r1v_folder
+from lightning_modules.folders import planned_r1v, r1v_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.tokens import Normalisation, answer_nll, before_learned, token_weights
 from lightning_modules.needs.language import chat_needs
 from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, Turns, packed
 from lightning_modules.networks.loading import compare_shapes
-from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.networks.r1v import R1VModel, assembled, tokenizer_of
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
 from lightning_modules.planning import Run
 from lightning_modules.rewards.answers import TextReward
@@ -80,6 +80,8 @@ class R1VModule(GradientHooks, L.LightningModule):
         steps: optimiser steps of the whole run, for the schedule.
         seed: of a projector that is drawn.
     """
+
+    asks = False  # conversations are learned from, with their answers
 
     def __init__(
         self,
@@ -150,6 +152,14 @@ class R1VModule(GradientHooks, L.LightningModule):
         if self.iteration is None:
             return (), (), seen
         return (self.iteration.score,), getattr(self.iteration.verifier, "requires", ()), seen
+
+    def planned_layout(self) -> Layout | None:
+        """How conversations will be laid out, for the dry run; None where the folders are not here."""
+        vision, language = (planned_r1v(name) for name in self.folders[:2])
+        if not (vision.is_dir() and language.is_dir()):
+            return None
+        config = assembled(vision, language, self.max_tiles)
+        return Layout.planned(config, tokenizer_of(language, config["llm_config"]["vocab_size"]), self.context)
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""

@@ -19,14 +19,14 @@ from data_pipeline.chains import split
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
-from lightning_modules.folders import r1v_folder
+from lightning_modules.folders import planned_r1v, r1v_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.token_policy import entropy, log_probs
 from lightning_modules.needs.language import answer_needs
 from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.layout import Layout, LayoutError, Sample
-from lightning_modules.networks.loading import check_state
-from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.networks.loading import check_state, read_json
+from lightning_modules.networks.r1v import R1VModel, tokenizer_of
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines.answering import Decoding, Engine
 from lightning_modules.planning import Run
@@ -77,6 +77,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         recompute: keep no activations of the language model: less memory, for another forward pass in each update.
         seed: the seed of every draw.
     """
+
+    asks = True  # conversations are asked, without their last answers
 
     def __init__(
         self,
@@ -157,6 +159,15 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
     def wanted(self) -> tuple[Sequence[str], Sequence[str], bool]:
         """Scores and other metadata that each conversation must have, and whether pictures too, for the dry run."""
         return (), self.required, self.train_parts == ["projector"]
+
+    def planned_layout(self) -> Layout | None:
+        """How questions will be laid out, for the dry run; None where the folder is not here."""
+        folder = planned_r1v(self.pretrained)
+        if not folder.is_dir():
+            return None
+        config = read_json(folder / "config.json")
+        tokenizer = tokenizer_of(folder, config["llm_config"]["vocab_size"])
+        return Layout.planned(config, tokenizer, self.context - self.sampling.max_new_tokens)
 
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""

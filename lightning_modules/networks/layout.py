@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lightning_modules.networks.r1v import IMAGE, IMAGE_END, IMAGE_START, R1VModel, token_id
+from lightning_modules.networks.r1v import (
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    TILING,
+    R1VModel,
+    tile_side,
+    tile_tokens,
+    token_id,
+)
 
 MARK = "<image>"
 THINK = "<think>\n"
@@ -96,9 +105,14 @@ class Layout:
     @classmethod
     def of(cls, model: R1VModel, context: int = 16384) -> Layout:
         """That of a model."""
-        config = model.config
-        tiling = config["min_dynamic_patch"], config["max_dynamic_patch"], config["use_thumbnail"]
-        return cls(model.tokenizer, model.tokens_per_tile, model.image_size, *tiling, context)
+        return cls.planned(model.config, model.tokenizer, context)
+
+    @classmethod
+    def planned(cls, config: Mapping[str, Any], tokenizer: Any, context: int = 16384) -> Layout:
+        """That of a model of this config, without it."""
+        given = {**TILING, **config}
+        tiling = given["min_dynamic_patch"], given["max_dynamic_patch"], given["use_thumbnail"]
+        return cls(tokenizer, tile_tokens(config), tile_side(config), *tiling, context)
 
     def sample(self, turns: Turns, pictures: Sequence[UInt8[Tensor, "3 _ _"]] = ()) -> Sample:
         """A conversation to learn from: the answers and the ends of their turns are learned, nothing else.
@@ -115,15 +129,28 @@ class Layout:
         # Pictures after the last answer have no tokens.
         return self._checked(Sample(ids, labels, tiles[: sum(counts[:used])]))
 
-    def length(self, turns: Turns, sizes: Sequence[tuple[int, int]]) -> int:
-        """Tokens that `sample` gives a conversation, found without its pictures: from their (height, width) alone.
+    def length(self, turns: Turns, sizes: Sequence[tuple[int, int]], asked: bool = False) -> int:
+        """Tokens that `sample`, or `prompt` where it is `asked`, gives a conversation, found without its pictures: from
+        their (height, width) alone.
 
-        A size of 0 is not known, and counts as the most tiles. LayoutError as of `sample`, but for the context.
+        A size of 0 is not known, and counts as the most tiles. LayoutError as of these, but for the context.
         """
+        turns = turns[:-1] if asked and turns and turns[-1][0] == "assistant" else turns
         self._check(turns, len(sizes))
-        counts = [self._tiles_of(*size) for size in sizes]
-        ids, _, used = self._learned(turns, [0] * len(counts))
+        counts, none = [self._tiles_of(*size) for size in sizes], [0] * len(sizes)
+        if asked:
+            ids, used = self._ids(self._template(turns), none), len(sizes)
+        else:
+            ids, _, used = self._learned(turns, none)
         return len(ids) + self.tokens_per_tile * sum(counts[:used])
+
+    def refused(self, turns: Turns, sizes: Sequence[tuple[int, int]], asked: bool = False) -> tuple[str, str] | None:
+        """Why a conversation would be left out, reason and detail, found without its pictures; None where it is not."""
+        try:
+            found = self.length(turns, sizes, asked)
+        except LayoutError as error:
+            return error.reason, str(error).removeprefix(f"{error.reason}: ")
+        return ("too long", f"{found} tokens for a context of {self.context}") if found > self.context else None
 
     def _tiles_of(self, height: int, width: int) -> int:
         """Tiles of a picture, its thumbnail included."""

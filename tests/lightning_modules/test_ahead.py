@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from chains import SAMPLING, grpo
 from chains import folder as r1v_folder
 from micro import built, built_vlm, micro_config, tiny_vlm
 from micro_r1v import part, question_shards
 
+from data_pipeline.chat import load_chats, pictures, sizes
 from lightning_modules import ahead
 from lightning_modules.cli import main, outlined
+from lightning_modules.networks.layout import LayoutError
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +183,36 @@ def test_a_dry_run_counts_conversations_that_would_be_left_out(
     assert (
         f"{folder}: 48 of 48 conversations: without a number quality, such as " in printed and "1 problems" in printed
     )
+
+
+def test_a_dry_run_measures_conversations_where_the_models_are_here(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training would: what is longer than the context is counted before it begins."""
+    path = stages(config, tmp_path)["r1v"]
+    [folder] = yaml.safe_load(path.read_text())["data"]["init_args"]["shards"]
+    short = changed(path, tmp_path / "short.yaml", model__init_args__context=40)
+    made = outlined(["--config", str(short)])
+    own, asking = made.model.planned_layout(), grpo(context=26, sampling=replace(SAMPLING, max_new_tokens=6))
+    made.model.configure_model()
+    asking.configure_model()
+    assert own.context == 40 and vars(own) | {"tokenizer": 0} == vars(made.model.layout) | {"tokenizer": 0}
+    assert vars(asking.planned_layout()) | {"tokenizer": 0} == vars(asking.layout) | {"tokenizer": 0}
+    chats = load_chats([folder], {}, {})
+    for module, asks, name in ((made.model, False, "sample"), (asking, True, "prompt")):
+        long = 0
+        for chat in chats:
+            why = module.planned_layout().refused(chat.turns, sizes(chat.record), asks)
+            try:
+                getattr(module.layout, name)(chat.turns, pictures(chat.record))
+                assert why is None
+            except LayoutError as error:
+                long += 1
+                assert f"{why[0]}: {why[1]}" == str(error)
+        assert 0 < long < len(chats), name
+        if not asks:
+            assert main(["fit", "-c", str(short), "--dry_run"]) == 1
+            assert f"{folder}: {long} of {len(chats)} conversations: too long, such as " in capsys.readouterr().out
 
 
 def test_groups_that_cannot_be_shared_are_named_by_plan_and_dry_run(
