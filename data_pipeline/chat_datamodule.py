@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from data_pipeline import chat, options
+from data_pipeline import chat, chat_plan, options
 from data_pipeline.chat import Chat, ChatDataset
 from data_pipeline.chat_batches import ChatBatch
+from data_pipeline.chat_plan import PackedPlan
 from data_pipeline.datamodule import build_missing, scene_folder
 from data_pipeline.dataset import PlanSampler, TimedLoader, Verify, single_thread
 from data_pipeline.errors import InputError
@@ -59,6 +60,8 @@ class ChatDataModule(L.LightningDataModule):
         shards: folders of shards.
         scenes: shards of questions about scenes, built where missing; one or several.
         batch_size: conversations a batch and rank.
+        batch_tokens: tokens a batch and rank, at most, instead of `batch_size` in training: the model's context packs
+            one row full. A stage that learns from conversations measures them when it begins.
         minimum: least value of scores by their names in the metadata, {score: 4}.
         equal: what fields of the metadata must be, {style: chain}.
         num_workers: processes that decode; 0 decodes in a thread of this one.
@@ -74,6 +77,7 @@ class ChatDataModule(L.LightningDataModule):
         shards: list[str] | None = None,
         scenes: QuestionShards | list[QuestionShards] | None = None,
         batch_size: int = 32,
+        batch_tokens: int | None = None,
         minimum: dict[str, float] | None = None,
         equal: dict[str, Any] | None = None,
         num_workers: int = 0,
@@ -86,18 +90,19 @@ class ChatDataModule(L.LightningDataModule):
         super().__init__()
         if not shards and not scenes:
             raise InputError("there is no data: set data.shards to folders of shards, or data.scenes")
-        options.check_least(1, batch_size=batch_size, steps=steps)
+        options.check_least(1, batch_size=batch_size, batch_tokens=batch_tokens, steps=steps)
         options.check_least(0, num_workers=num_workers, val_batches=val_batches)
         options.check_held_out(val_fraction)
         self.scenes = scenes if isinstance(scenes, list) else [scenes] if scenes else []
-        self.shards, self.batch_size = shards or [], batch_size
+        self.shards, self.batch_size, self.batch_tokens = shards or [], batch_size, batch_tokens
+        self.lengths: Sequence[int] | None = None  # tokens of each training conversation, once they are measured
         self.minimum, self.equal = minimum or {}, equal or {}
         self.num_workers, self.seed, self.steps, self.verify = num_workers, seed, steps, verify
         self.val_fraction, self.val_batches = val_fraction, val_batches
         self.train: list[Chat] = []
         self.val: list[Chat] = []
         self.wrong: list[int] | None = None  # ids that an iteration adds to its data; None before they are known
-        self.consumed: Plan | None = None
+        self.consumed: Plan | PackedPlan | None = None
         self._restored: dict[str, Any] | None = None
         self._total = 0
 
@@ -124,16 +129,23 @@ class ChatDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """The order from where training stands."""
+        if self.batch_tokens is not None and self.lengths is None:
+            raise InputError(
+                "data.batch_tokens is for stages that measure conversations, such as reasoning.R1VModule; this one "
+                "asks questions, set data.batch_size"
+            )
         self.consumed = self.plan()
         if self._restored is not None:
             self.consumed.load_state_dict(self._restored)
         sampler = PlanSampler(self._planned, self._length)
         return TimedLoader(chat_loader(ChatDataset(self.train, self.verify), sampler, self.num_workers, self.seed))
 
-    def plan(self) -> Plan:
+    def plan(self) -> Plan | PackedPlan:
         """The order of this rank's batches from the beginning."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return chat.plan(len(self.train), self.batch_size, self.seed, rank, world)
+        if self.batch_tokens is not None and self.lengths is not None:
+            return PackedPlan(self.lengths, self.batch_tokens, self.seed, rank, world)
+        return chat_plan.plan(len(self.train), self.batch_size, self.seed, rank, world)
 
     def _planned(self) -> Iterator[PlannedBatch]:
         """Batches from where training stands to the end of the run."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,8 +17,11 @@ from data_pipeline import parquet
 from data_pipeline.errors import InputError
 from data_pipeline.index import TEXT_FIELDS, sidecars, state_of
 
+logger = logging.getLogger(__name__)
 SCORES = ("cot_vision", "cot_text", "cot_integration")
+NOTE = "cot_note"
 HIGHEST = 2.0  # of the penalty
+MOST_UNSCORED = 0.5  # share of records; with more, scores are normalised by what is left by chance
 
 
 def normalised(value: float, low: float, high: float) -> float:
@@ -70,20 +76,36 @@ class LengthControl:
         return state_of(sidecars(Path(self.scores)))
 
     def penalties(self) -> dict[str, float]:
-        """Of each record that has scores, by its key."""
-        table = scored_records(Path(self.scores))
-        limits = {name: pc.min_max(table[name]).as_py() for name in SCORES}
-        found = {}
-        for row in table.to_pylist():
-            if any(row[name] is None for name in SCORES):
-                continue
-            values = [normalised(row[name], limits[name]["min"], limits[name]["max"]) for name in SCORES]
-            found[row["key"]] = penalty(values, self.alpha, self.beta, self.gamma)
-        return found
+        """Of each record that has scores, by its key. InputError where most have none."""
+        rows = scored_records(Path(self.scores)).to_pylist()
+        scored = [row for row in rows if all(row[name] is not None for name in SCORES)]
+        self._check(rows, scored)
+        limits = {name: (min(row[name] for row in scored), max(row[name] for row in scored)) for name in SCORES}
+        if all(low == high for low, high in limits.values()):
+            logger.warning("all %d records of %s have the same scores: one penalty for all", len(scored), self.scores)
+        return {row["key"]: self._penalty([normalised(row[n], *limits[n]) for n in SCORES]) for row in scored}
+
+    def _penalty(self, scores: Sequence[float]) -> float:
+        return penalty(scores, self.alpha, self.beta, self.gamma)
+
+    def _check(self, rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]]) -> None:
+        """Names what is wrong where few records have scores."""
+        lacking = len(rows) - len(scored)
+        if not lacking:
+            return
+        reasons = Counter(str(row[NOTE])[:120] for row in rows if row.get(NOTE)).most_common(2)
+        why = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "no note says why"
+        text = f"{lacking} of {len(rows)} records of {self.scores} have no scores of difficulty ({why})"
+        if lacking > MOST_UNSCORED * len(rows):
+            raise InputError(
+                f"{text}; score them again: python -m data_pipeline score {self.scores} -c "
+                "configs/data/score_chains.yaml"
+            )
+        logger.warning("%s", text)
 
 
 def scored_records(folder: Path) -> pa.Table:
-    """Keys and scores of all records of a folder."""
+    """Keys and scores of all records of a folder, and why there are none."""
     tables = []
     for path in sidecars(folder):
         missing = [name for name in SCORES if name not in parquet.schema(path).names]
@@ -92,6 +114,7 @@ def scored_records(folder: Path) -> pa.Table:
                 f"{path} has no column {', '.join(missing)}; first run "
                 f"`python -m data_pipeline score {folder} -c configs/data/score_chains.yaml`"
             )
-        table = parquet.read(path, ["key", "field", *SCORES])
-        tables.append(table.filter(pc.is_in(table["field"], pa.array(TEXT_FIELDS))).select(["key", *SCORES]))
-    return pa.concat_tables(tables)
+        names = [*SCORES, *({NOTE} & set(parquet.schema(path).names))]
+        table = parquet.read(path, ["key", "field", *names])
+        tables.append(table.filter(pc.is_in(table["field"], pa.array(TEXT_FIELDS))).select(["key", *names]))
+    return pa.concat_tables(tables, promote_options="permissive")

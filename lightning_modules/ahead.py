@@ -6,17 +6,20 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
+from data_pipeline.chat_lint import faults
 from data_pipeline.errors import InputError
 from data_pipeline.lint import lint
 from data_pipeline.records import SPELT
 from lightning_modules import planning, preflight
 from lightning_modules.commands import RUNS, overridden, read_config
 from lightning_modules.folders import NotBuilt
+from lightning_modules.networks.layout import LayoutError
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.planning import Machine, Plan, Run
 from lightning_modules.preflight import Finding
@@ -149,9 +152,29 @@ def wrong(argv: Sequence[str], outline: Outliner) -> Iterator[str]:
     for folder in map(Path, folders_of(made.datamodule)):
         if folder.is_dir() and any(folder.glob("*.tar")):
             yield from (f"{folder}/{line.translate(SPELT)}" for line in lint(folder))
+            yield from (f"{folder}: {line.translate(SPELT)}" for line in unlearnable(folder, made))
     bucket = unfitting(made.datamodule)
     if bucket is not None:
         yield f"data: {bucket}"
+
+
+def unlearnable(folder: Path, made: Outline) -> Iterator[str]:
+    """What a stage that learns from conversations would leave out of a folder; nothing for other stages."""
+    if not hasattr(made.model, "wanted"):
+        return
+    numbers, present, seen = made.model.wanted()
+    try:
+        layout = made.model.planned_layout()
+    except (NotBuilt, CheckpointError):  # there is no folder yet, or what is wrong with it has been named
+        layout = None
+    except LayoutError as error:
+        yield str(error)
+        return
+    refused = layout and partial(layout.refused, asked=made.model.asks)
+    try:
+        yield from faults(folder, [*dict.fromkeys([*made.datamodule.minimum, *numbers])], present, seen, refused)
+    except InputError as error:
+        yield str(error)
 
 
 def folders_of(data: Any) -> list[str]:

@@ -77,7 +77,7 @@ class Run:
         callbacks = {name_of(callback): callback for callback in trainer.get("callbacks") or []}
         keep, ema = getattr(callbacks.get("Checkpoint"), "keep", 2), "EMA" in callbacks
         if not hasattr(data, "sizes"):  # conversations
-            return cls(model, trainer, 0, {"conversations": 1.0}, data.batch_size, None, 1, ema, keep)
+            return cls(model, trainer, 0, {"conversations": 1.0}, data.batch_size, data.batch_tokens, 1, ema, keep)
         ratio = data.ratio or dict.fromkeys(("text_to_image", "edit"), 1.0)
         sizes = max(data.sizes.values()), ratio, data.batch_size, data.batch_tokens, data.size_multiple
         return cls(model, trainer, *sizes, ema, keep)

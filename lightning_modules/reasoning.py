@@ -15,18 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from data_pipeline.chat import Chat, in_batches
+from data_pipeline.chat import Chat, in_batches, sizes
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.errors import InputError
 from lightning_modules.evaluation.questions import answer_of
-from lightning_modules.folders import r1v_folder
+from lightning_modules.folders import planned_r1v, r1v_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.tokens import Normalisation, answer_nll, before_learned, token_weights
 from lightning_modules.needs.language import chat_needs
 from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, Turns, packed
 from lightning_modules.networks.loading import compare_shapes
-from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.networks.r1v import R1VModel, assembled, tokenizer_of
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
 from lightning_modules.planning import Run
 from lightning_modules.rewards.answers import TextReward
@@ -80,6 +80,8 @@ class R1VModule(GradientHooks, L.LightningModule):
         steps: optimiser steps of the whole run, for the schedule.
         seed: of a projector that is drawn.
     """
+
+    asks = False  # conversations are learned from, with their answers
 
     def __init__(
         self,
@@ -144,19 +146,54 @@ class R1VModule(GradientHooks, L.LightningModule):
         vision, language, projector = self.folders
         return {vision: "tower", language: "model", **({} if projector is None else {projector: "r1v"})}
 
+    def wanted(self) -> tuple[Sequence[str], Sequence[str], bool]:
+        """Scores and other metadata that each conversation must have, and whether pictures too, for the dry run."""
+        seen = self.trained == ["projector"]
+        if self.iteration is None:
+            return (), (), seen
+        return (self.iteration.score,), getattr(self.iteration.verifier, "requires", ()), seen
+
+    def planned_layout(self) -> Layout | None:
+        """How conversations will be laid out, for the dry run; None where the folders are not here."""
+        vision, language = (planned_r1v(name) for name in self.folders[:2])
+        if not (vision.is_dir() and language.is_dir()):
+            return None
+        config = assembled(vision, language, self.max_tiles)
+        return Layout.planned(config, tokenizer_of(language, config["llm_config"]["vocab_size"]), self.context)
+
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
-        """Chooses an iteration's data, unless a checkpoint says what was chosen."""
-        if self.iteration is None:
-            return
+        """Chooses an iteration's data, unless a checkpoint says what was chosen; measures it for batches of tokens."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.wrong is None:
-            data.wrong = self.errors(data.train)
-        data.narrow(self.iteration.score, self.iteration.threshold)
-        logger.info("%d conversations, of them %d answered wrongly before", len(data.train), len(data.wrong))
+        if self.iteration is not None:
+            if data.wrong is None:
+                data.wrong = self.errors(data.train)
+            data.narrow(self.iteration.score, self.iteration.threshold)
+            logger.info("%d conversations, of them %d answered wrongly before", len(data.train), len(data.wrong))
+        if getattr(data, "batch_tokens", None) is not None:
+            data.lengths = self.lengths(data.train)
+
+    def lengths(self, chats: Sequence[Chat]) -> list[int]:
+        """Tokens of each conversation, measured by all devices; 0 for what is left out when it comes."""
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        every = [[self.tokens_of(chat) for chat in chats[rank::world]]]
+        if world > 1:
+            every, own = [[]] * world, every[0]
+            torch.distributed.all_gather_object(every, own)
+        found = [every[i % world][i // world] for i in range(len(chats))]
+        logger.info("%d conversations have %d tokens", len(found), sum(found))
+        return found
+
+    def tokens_of(self, chat: Chat) -> int:
+        """Tokens of a conversation to learn from; 0 where it cannot be laid out or is longer than the context."""
+        try:
+            found = self.layout.length(chat.turns, sizes(chat.record))
+        except LayoutError:
+            return 0
+        return found if found <= self.context else 0
 
     def on_train_start(self) -> None:
         """Sets the mode in which transformers recomputes; until here a model is in the other one, and can answer."""
@@ -234,30 +271,44 @@ class R1VModule(GradientHooks, L.LightningModule):
     def errors(self, chats: Sequence[Chat]) -> list[int]:
         """E_{t-1}: ids of the conversations whose last question the model answers wrongly, found by all devices.
 
-        An answer on which the verifier fails, and a question that cannot be laid out, count as no errors: they say
-        nothing of the model.
+        An answer on which the verifier fails, and a question that cannot be laid out or has nothing to verify by, count
+        as no errors: they say nothing of the model.
         """
         assert self.iteration is not None
         settings, rank, world = self.iteration, self.trainer.global_rank, self.trainer.world_size
         decoding, wrong = Decoding(settings.max_new_tokens, 0.0), list[int]()
+        _, required, _ = self.wanted()
+        lost = 0
         for batch in in_batches(chats[rank::world], settings.samples):
-            numbers, said = self.answered(batch, decoding)
+            numbers, said = self.answered(batch, decoding, required)
             texts = [self.model.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) for tokens in said]
             requests = [Request(last_question(batch.turns[i]), metadata=batch.metadata[i]) for i in numbers]
             scores = settings.verifier.score(texts, requests)
             ids = batch.sample_ids.tolist()
             wrong += [ids[i] for i, score in zip(numbers, scores, strict=True) if score is not None and score < 1]
+            lost += len(batch) - sum(score is not None for score in scores)
+        every = [(wrong, lost)]
         if world > 1:
-            every: list[list[int]] = [[] for _ in range(world)]
-            torch.distributed.all_gather_object(every, wrong)
-            wrong = [i for own in every for i in own]
-        return sorted(wrong)
+            every *= world
+            torch.distributed.all_gather_object(every, (wrong, lost))
+        self.report_lost(sum(lost for _, lost in every), len(chats))
+        return sorted(i for own, _ in every for i in own)
+
+    def report_lost(self, lost: int, met: int) -> None:
+        """Names how many conversations were not verified; InputError where these are most."""
+        if not lost:
+            return
+        reasons = {**self.left_out, **getattr(self.iteration and self.iteration.verifier, "counts", {})}
+        text = f"{lost} of {met} conversations were not verified, and count as no errors ({reasons})"
+        if lost > MOST_LEFT_OUT * met:
+            raise InputError(f"{text}; correct the data (--dry_run names what is wrong with it) or the verifier")
+        logger.warning("%s", text)
 
     def validation_step(self, batch: ChatBatch, batch_idx: int) -> None:
         rows = self.rows(batch)
         if rows.samples:
             self.log("val/loss", self.loss(rows)[0], batch_size=rows.samples, sync_dist=True)
-        numbers, said = self.answered(batch, Decoding(self.val_tokens, 0.0), "answer")
+        numbers, said = self.answered(batch, Decoding(self.val_tokens, 0.0), ["answer"])
         if not said:
             return
         texts = [self.model.tokenizer.decode(t.tolist(), skip_special_tokens=True) for t in said]
@@ -265,14 +316,15 @@ class R1VModule(GradientHooks, L.LightningModule):
         self.log("val/accuracy", sum(right) / len(right), prog_bar=True, batch_size=len(right), sync_dist=True)
         self.log("val/length", sum(map(len, said)) / len(said), batch_size=len(said), sync_dist=True)
 
-    def answered(self, batch: ChatBatch, decoding: Decoding, known: str = "") -> tuple[list[int], list[Tensor]]:
+    def answered(
+        self, batch: ChatBatch, decoding: Decoding, known: Sequence[str] = ()
+    ) -> tuple[list[int], list[Tensor]]:
         """Answers to the last questions of a batch, and the numbers in it of those that can be asked.
 
-        Only conversations whose metadata hold `known` are asked, where it is given.
+        Only conversations whose metadata hold all of `known` are asked.
         """
-        asked = [
-            (i, each) for i, each in self.laid_out(batch, self.layout.prompt) if not known or known in batch.metadata[i]
-        ]
+        laid = self.laid_out(batch, self.layout.prompt)
+        asked = [(i, each) for i, each in laid if all(batch.metadata[i].get(name) not in (None, "") for name in known)]
         if not asked:
             return [], []
         engine = TransformersEngine()

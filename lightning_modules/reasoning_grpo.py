@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,27 +19,36 @@ from data_pipeline.chains import split
 from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
-from lightning_modules.folders import r1v_folder
+from lightning_modules.folders import planned_r1v, r1v_folder
 from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.token_policy import entropy, log_probs
 from lightning_modules.needs.language import answer_needs
 from lightning_modules.networks.footprint import Needs
 from lightning_modules.networks.layout import Layout, LayoutError, Sample
-from lightning_modules.networks.loading import check_state
-from lightning_modules.networks.r1v import R1VModel
+from lightning_modules.networks.loading import check_state, read_json
+from lightning_modules.networks.r1v import R1VModel, tokenizer_of
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines.answering import Decoding, Engine
 from lightning_modules.planning import Run
+from lightning_modules.rewards.answers import FAILURES
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
 from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, Totals
-from lightning_modules.rollouts.chain_settings import ChainSampling, Overlong, WeightedText, reasons, scored
+from lightning_modules.rollouts.chain_settings import (
+    ChainSampling,
+    Overlong,
+    WeightedText,
+    reasons,
+    required,
+    scored,
+)
 from lightning_modules.rollouts.chains import Answer, Batch, Question, batched, moved
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
 from lightning_modules.schedule import AdamW, adamw
 
 logger = logging.getLogger(__name__)
-PATIENCE = 50  # batches that teach nothing before a run is given up
+PATIENCE = 50  # batches that teach nothing, or whose questions are mostly lost, before a run is given up
+MOST_LEFT_OUT = 0.5  # share of a batch's questions that may be left out or unscored
 NEVER = -1e4  # a logit whose probability is 0 in every precision
 Scores = dict[str, Tensor]
 Part = Literal["projector", "language", "vision"]
@@ -67,6 +77,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         recompute: keep no activations of the language model: less memory, for another forward pass in each update.
         seed: the seed of every draw.
     """
+
+    asks = True  # conversations are asked, without their last answers
 
     def __init__(
         self,
@@ -102,6 +114,12 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         self.model: Any = None
         self.waiting: list[list[Answer]] = []
         self.updates, self.asked, self.idle = 0, 0, 0
+        self.refused, self.unscored = (
+            0,
+            0,
+        )  # batches in a row of mostly lost questions; groups without a score in a batch
+        self.left_out, self.failures = Counter[str](), Counter[str]()
+        self.required = required(rewards)
         self._loaded_buffer: list[dict[str, Any]] = []
 
     def configure_model(self) -> None:
@@ -119,14 +137,12 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             self.snapshots.take("reference")
 
     def on_fit_start(self) -> None:
-        """Moves what is no module to the device."""
+        """Moves what is no module to the device; refuses groups that the devices cannot share."""
         self.snapshots.to(self.device)
         self.waiting = [moved(group, self.device) for group in self.waiting]
         if self.buffer is not None:
             self.buffer.answers = moved(self.buffer.answers, self.device)
-        groups, devices = self.sampling.groups, self.trainer.world_size
-        if groups % devices:
-            raise InputError(f"sampling.groups {groups} must be a multiple of the {devices} devices")
+        self.sampling.share(self.trainer.world_size)  # refused before anything is sampled
 
     def pipeline(self) -> R1VModel:
         """The model with the live weights, which is what is exported."""
@@ -140,12 +156,27 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         """Folders, and what they must be, for doctor."""
         return {self.pretrained: "r1v"}
 
+    def wanted(self) -> tuple[Sequence[str], Sequence[str], bool]:
+        """Scores and other metadata that each conversation must have, and whether pictures too, for the dry run."""
+        return (), self.required, self.train_parts == ["projector"]
+
+    def planned_layout(self) -> Layout | None:
+        """How questions will be laid out, for the dry run; None where the folder is not here."""
+        folder = planned_r1v(self.pretrained)
+        if not folder.is_dir():
+            return None
+        config = read_json(folder / "config.json")
+        tokenizer = tokenizer_of(folder, config["llm_config"]["vocab_size"])
+        return Layout.planned(config, tokenizer, self.context - self.sampling.max_new_tokens)
+
     def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Names and parameters that the optimiser moves."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def training_step(self, batch: ChatBatch, batch_idx: int) -> None:
-        found = self.collect(self.questions(batch))
+        questions = self.questions(batch)
+        found = self.collect(questions)
+        self.bound(len(batch), len(questions))
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
@@ -160,16 +191,31 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             self.improve(self.waiting[:count])
             self.waiting = []
 
+    def bound(self, met: int, asked: int) -> None:
+        """Ends a run most of whose questions cannot be asked or scored, batch after batch."""
+        lost = met - asked + self.unscored
+        self.refused = self.refused + 1 if lost > MOST_LEFT_OUT * met else 0
+        if self.refused == PATIENCE:
+            raise InputError(
+                f"in {PATIENCE} batches in a row most questions were left out ({dict(self.left_out) or 'none'} so far) "
+                f"or their answers got no score ({dict(self.failures) or 'none'} so far): rewards fail, or the data do "
+                "not suit them. Look at answers/* in TensorBoard and at the log; correct the data (--dry_run names "
+                "what is wrong with it), the verifier or the judge, or raise model.init_args.context"
+            )
+
     def questions(self, batch: ChatBatch) -> list[Question]:
         """What can be asked of a batch; what cannot is left out, named and counted."""
         found, refused = [], 0
         for i, key in enumerate(batch.keys):
             try:
+                if absent := [name for name in self.required if batch.metadata[i].get(name) in (None, "")]:
+                    raise LayoutError(f"no {absent[0]}", "the record's metadata hold nothing to verify answers by")
                 sample = self.layout.prompt(batch.turns[i], batch.pictures[i])
                 if self.train_parts == ["projector"] and not len(sample.tiles):
                     raise LayoutError("no picture", "the projector learns nothing from words alone")
             except LayoutError as error:
                 refused += 1
+                self.left_out[error.reason] += 1
                 logger.warning("question %s is left out: %s", key, error)
                 continue
             tiles = sample.tiles.to(self.device) if len(sample.tiles) else None
@@ -184,6 +230,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
     def collect(self, questions: Sequence[Question]) -> list[list[Answer]]:
         """Samples a group of answers to each question, has them scored meanwhile, and keeps what teaches something."""
         size, per = self.sampling.group_size, max(1, self.sampling.micro_answers // self.sampling.group_size)
+        self.unscored = 0
         pending: list[tuple[list[Answer], Future[Scores]]] = []
         with ThreadPoolExecutor(1) as pool:
             for start in range(0, len(questions), per):
@@ -247,7 +294,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         if known.numel():
             self.log("reward/mean", known.mean(), prog_bar=True, batch_size=1)
         self.log("answers/useful", useful.float().mean(), prog_bar=True, batch_size=1)
-        self.log("answers/unscored", 1 - len(known) / len(useful), batch_size=1)
+        self.unscored = len(useful) - len(known)
+        self.log("answers/unscored", self.unscored / len(useful), batch_size=1)
         self.log("answers/tokens", sum(len(a.tokens) for a in answers) / len(answers), batch_size=1)
         self.log("answers/cut_off", sum(not a.ended for a in answers) / len(answers), batch_size=1)
         self.log(
@@ -255,6 +303,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         )
         for reason, count in reasons(self.rewards).items():
             self.log(f"answers/{reason}", count / len(answers), batch_size=1)
+            if reason in FAILURES:
+                self.failures[reason] += count
 
     def remember(self, answers: list[Answer]) -> None:
         """Log-probabilities of answers as they were sampled, under the policy and, where needed, the reference."""

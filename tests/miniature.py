@@ -86,9 +86,9 @@ def rollouts(model: Settings) -> None:
 def serve(data: Settings, model: Settings, folder: Path) -> None:
     """A few samples, as the config serves them."""
     data |= {"batch_size": 2, "val_batches": min(2, data.get("val_batches", 1)), "num_workers": 0}
-    for name in {"batch_tokens"} & set(data):
-        del data[name]
+    tokens = data.pop("batch_tokens", None)
     if "image_size" not in data:  # conversations
+        data["batch_tokens"] = tokens and model["context"]
         if "scenes" in data:
             data["scenes"] |= {"counts": dict.fromkeys(data["scenes"]["counts"], 16), "root": str(folder / "scenes")}
         else:

@@ -104,6 +104,31 @@ def test_a_config_takes_two_steps_at_micro_size(
         assert (run / "export" / "lora").is_dir() == (model.get("lora") is not None)
 
 
+@pytest.mark.parametrize("name", ["r1v_projector", "r1v_sft"])
+def test_every_pass_of_r1v_at_full_size_warms_up_for_three_percent(name: str) -> None:
+    """Published (arXiv 2504.05599): 3 % and batches of 512, of 2 million, 200,000 and 40,000 conversations."""
+    text = (ROOT / "configs" / "sd35m" / f"{name}.yaml").read_text()
+    config = yaml.safe_load(text)
+    own = config["trainer"]["max_steps"], config["model"]["init_args"]["optimizer"]["warmup_steps"]
+    told = re.findall(r"max_steps (\d+) --model\.init_args\.optimizer\.warmup_steps (\d+)", text)
+    passes = [own, *((int(steps), int(warmup)) for steps, warmup in told)]
+    assert [warmup for _, warmup in passes] == [round(0.03 * steps) for steps, _ in passes]
+    plan = Plan(planned(outlined(["--config", str(ROOT / "configs" / "sd35m" / f"{name}.yaml")])))
+    assert plan.step_samples == pytest.approx(512, rel=0.02)
+    wanted = [2_000_000, 200_000, 40_000] if name == "r1v_projector" else [2_000_000]
+    assert [steps * plan.step_samples for steps, _ in passes] == pytest.approx(wanted, rel=0.01)
+
+
+def test_an_iteration_of_r1v_at_full_size_is_what_its_head_says(tmp_path: Path) -> None:
+    path = ROOT / "configs" / "sd35m" / "r1v_sft.yaml"
+    head = " ".join(line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    [said] = re.findall(r'--model\.init_args\.iteration "([^"]+)"', head)
+    argv = ["--config", str(path), "--model.init_args.iteration", said.replace("TAU", "3")]
+    made = outlined([*argv, "--model.init_args.optimizer.lr", "2.0e-5"]).model
+    assert (made.iteration.threshold, made.iteration.score) == (3.0, "score")
+    assert made.wanted() == (("score",), ("answer",), True)
+
+
 def test_the_links_of_r1v_are_runs_that_can_be_made(tmp_path: Path) -> None:
     experiment = read(ROOT / "configs" / "experiments" / "r1v.yaml")
     found = {}
@@ -141,7 +166,7 @@ def test_a_round_of_r1v_makes_what_its_run_learns_from(tmp_path: Path, monkeypat
         path.write_text(yaml.safe_dump(last.recipe, sort_keys=False))
         step = load_recipe(path).steps[0]
         assert step.generator.pretrained == str(before.version / "export")
-        assert step.graded == {"score": 5} and step.judge.minimum == {"score": 5}
+        assert step.graded == "score" and step.judge.minimum == {"score": 5}
         assert list(last.link.build) == ["data/chains"] and load_recipe(last.link.build["data/chains"]).source == plain
     assert made.model.iteration.threshold == 3.0
 

@@ -54,17 +54,21 @@ def chat_needs(run: Run, stage: ChatStage) -> Needs:
     model = Outlined.of(tower, words, stage.max_tiles, run, list(stage.trained), stage.gradient_checkpointing)
     length = min(stage.context, model.seen + TEXT)
     each = stage.context // length  # conversations of a row
-    said.append(f"conversations of {length} tokens are assumed, in memory each as long as the context")
+    said.append(f"conversations of {length} tokens are assumed, in memory rows as long as the context")
+    rows = count = run.batch_size
+    if run.batch_tokens is not None:
+        rows, count = -(-run.batch_tokens // stage.context), max(1, run.batch_tokens // length)
     flops, again = model.trained_flops(stage.context, each)
-    beside = float(SUPERVISED * run.batch_size * stage.context * model.words.vocab_size)
+    beside = float(SUPERVISED * rows * stage.context * model.words.vocab_size)
     kept = partial(model.kept, stage.context, each, stage.context - 1)
-    load = Load(run.batch_size, run.batch_size, flops / each, kept, again / each, beside=beside, tokens=length)
+    load = Load(count, rows, flops / each, kept, again / each, beside=beside, tokens=length)
     return Needs(model.parts, {"conversations": load}, assumed=tuple(said))
 
 
 def answer_needs(run: Run, stage: AnswerStage) -> Needs:
     """Of reinforcement: each question and its answers as long as they may be."""
     folder, sampling = planned_r1v(stage.pretrained), stage.sampling
+    sampling.share(run.devices)  # a plan that cannot be carried out is none
     config, missing = config_in(folder, {"vision_config": INTERNVIT_6B, "llm_config": QWEN25_32B})
     tiles = int({**TILING, **config}["max_dynamic_patch"]) if not missing else 12
     model = Outlined.of(config["vision_config"], config["llm_config"], tiles, run, stage.train_parts, stage.recompute)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,16 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lightning_modules.networks.r1v import IMAGE, IMAGE_END, IMAGE_START, R1VModel, token_id
+from lightning_modules.networks.r1v import (
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    TILING,
+    R1VModel,
+    tile_side,
+    tile_tokens,
+    token_id,
+)
 
 MARK = "<image>"
 THINK = "<think>\n"
@@ -96,9 +105,14 @@ class Layout:
     @classmethod
     def of(cls, model: R1VModel, context: int = 16384) -> Layout:
         """That of a model."""
-        config = model.config
-        tiling = config["min_dynamic_patch"], config["max_dynamic_patch"], config["use_thumbnail"]
-        return cls(model.tokenizer, model.tokens_per_tile, model.image_size, *tiling, context)
+        return cls.planned(model.config, model.tokenizer, context)
+
+    @classmethod
+    def planned(cls, config: Mapping[str, Any], tokenizer: Any, context: int = 16384) -> Layout:
+        """That of a model of this config, without it."""
+        given = {**TILING, **config}
+        tiling = given["min_dynamic_patch"], given["max_dynamic_patch"], given["use_thumbnail"]
+        return cls(tokenizer, tile_tokens(config), tile_side(config), *tiling, context)
 
     def sample(self, turns: Turns, pictures: Sequence[UInt8[Tensor, "3 _ _"]] = ()) -> Sample:
         """A conversation to learn from: the answers and the ends of their turns are learned, nothing else.
@@ -111,6 +125,44 @@ class Layout:
                 than the context.
         """
         turns, tiles, counts = self._with_pictures(turns, pictures)
+        ids, labels, used = self._learned(turns, counts)
+        # Pictures after the last answer have no tokens.
+        return self._checked(Sample(ids, labels, tiles[: sum(counts[:used])]))
+
+    def length(self, turns: Turns, sizes: Sequence[tuple[int, int]], asked: bool = False) -> int:
+        """Tokens that `sample`, or `prompt` where it is `asked`, gives a conversation, found without its pictures: from
+        their (height, width) alone.
+
+        A size of 0 is not known, and counts as the most tiles. LayoutError as of these, but for the context.
+        """
+        turns = turns[:-1] if asked and turns and turns[-1][0] == "assistant" else turns
+        self._check(turns, len(sizes))
+        counts, none = [self._tiles_of(*size) for size in sizes], [0] * len(sizes)
+        if asked:
+            ids, used = self._ids(self._template(turns), none), len(sizes)
+        else:
+            ids, _, used = self._learned(turns, none)
+        return len(ids) + self.tokens_per_tile * sum(counts[:used])
+
+    def refused(self, turns: Turns, sizes: Sequence[tuple[int, int]], asked: bool = False) -> tuple[str, str] | None:
+        """Why a conversation would be left out, reason and detail, found without its pictures; None where it is not."""
+        try:
+            found = self.length(turns, sizes, asked)
+        except LayoutError as error:
+            return error.reason, str(error).removeprefix(f"{error.reason}: ")
+        return ("too long", f"{found} tokens for a context of {self.context}") if found > self.context else None
+
+    def _tiles_of(self, height: int, width: int) -> int:
+        """Tiles of a picture, its thumbnail included."""
+        if not height or not width:
+            found = self.max_tiles
+        else:
+            columns, rows = best_grid(width, height, self.image_size, self.min_tiles, self.max_tiles)
+            found = columns * rows
+        return found + (self.thumbnail and found > 1)
+
+    def _learned(self, turns: Turns, counts: Sequence[int]) -> tuple[list[int], list[int], int]:
+        """Tokens and labels of a conversation whose pictures have so many tiles, and how many pictures have tokens."""
         ids: list[int] = []
         labels: list[int] = []
         text, used = "", 0
@@ -129,8 +181,7 @@ class Layout:
             text = asked + learned + self.tokenizer.eos_token
         if not ids:
             raise LayoutError("no answer", "the conversation has no turn of an assistant")
-        # Pictures after the last answer have no tokens.
-        return self._checked(Sample(ids, labels, tiles[: sum(counts[:used])]))
+        return ids, labels, used
 
     def prompt(self, turns: Turns, pictures: Sequence[UInt8[Tensor, "3 _ _"]] = ()) -> Sample:
         """A conversation up to where the assistant's last answer begins; its own last answer, if any, is left out."""
@@ -143,17 +194,21 @@ class Layout:
         self, turns: Turns, pictures: Sequence[Tensor]
     ) -> tuple[list[tuple[str, str]], Tensor, list[int]]:
         """Turns that are clean, the tiles of all pictures, and how many each picture has."""
+        self._check(turns, len(pictures))
+        cut = [self.tiles(picture) for picture in pictures]
+        none = torch.empty(0, 3, self.image_size, self.image_size)
+        return list(turns), torch.cat([none, *cut]), [len(tiles) for tiles in cut]
+
+    def _check(self, turns: Turns, pictures: int) -> None:
+        """Refuses texts that are not clean, and marks that are not those of the pictures."""
         reserved = [t for t in self.tokenizer.all_special_tokens if any(t in text for _, text in turns)]
         if reserved:
             raise LayoutError("reserved token", f"a text holds {', '.join(reserved)}, which only the layout may place")
         if any(MARK in text for role, text in turns if role == "assistant"):
             raise LayoutError("picture in an answer", f"an answer holds {MARK}; pictures are for users to show")
         marks = sum(text.count(MARK) for _, text in turns)
-        if marks != len(pictures):
-            raise LayoutError("missing picture", f"{marks} marks {MARK} for {len(pictures)} pictures")
-        cut = [self.tiles(picture) for picture in pictures]
-        none = torch.empty(0, 3, self.image_size, self.image_size)
-        return list(turns), torch.cat([none, *cut]), [len(tiles) for tiles in cut]
+        if marks != pictures:
+            raise LayoutError("missing picture", f"{marks} marks {MARK} for {pictures} pictures")
 
     def tiles(self, picture: UInt8[Tensor, "3 _ _"]) -> Float[Tensor, "n 3 s s"]:
         """InternVL's dynamic tiling, normalised."""

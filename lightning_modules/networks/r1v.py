@@ -58,12 +58,12 @@ class R1VModel(nn.Module):
     @property
     def image_size(self) -> int:
         """Side of a tile in pixels."""
-        return int(self.config.get("force_image_size") or self.config["vision_config"]["image_size"])
+        return tile_side(self.config)
 
     @property
     def tokens_per_tile(self) -> int:
         """Tokens that stand for a tile."""
-        return (self.image_size // self.config["vision_config"]["patch_size"] // self.factor) ** 2
+        return tile_tokens(self.config)
 
     def image_features(self, pixel_values: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n tokens d"]:
         """Tiles, normalised as `layout.tiles` does, to embeddings of the language model."""
@@ -216,25 +216,11 @@ class R1VModel(nn.Module):
             dtype: of the weights; None keeps those of the files.
         """
         vision, language = Path(vision), Path(language)
-        found = read_json(vision / "config.json")
-        config = {
-            "architectures": ["InternVLChatModel"],
-            "model_type": "internvl_chat",
-            "vision_config": found.get("vision_config", found),
-            "llm_config": read_json(language / "config.json"),
-            "downsample_ratio": downsample_ratio,
-            "select_layer": -1,
-            "ps_version": "v2",
-            "force_image_size": found.get("force_image_size", found.get("image_size")),
-            "dynamic_image_size": True,
-            **TILING,
-            "max_dynamic_patch": max_dynamic_patch,
-        }
+        config = assembled(vision, language, max_dynamic_patch, downsample_ratio)
         model = load_text_encoder(AutoModelForCausalLM, language, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True)
-        add_image_tokens(tokenizer, model.config.vocab_size)
+        tokenizer = tokenizer_of(language, model.config.vocab_size)
         tower = make_tower(config["vision_config"])
-        prefix = "vision_model." if "vision_config" in found else ""
+        prefix = "vision_model." if "vision_config" in read_json(vision / "config.json") else ""
         tower.load_released(fitting(vision, tower.released_state(), prefix, dtype))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -277,6 +263,43 @@ class R1VModel(nn.Module):
         save_torch_state_dict(state, folder)
         (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)
+
+
+def assembled(
+    vision: Path, language: Path, max_dynamic_patch: int = 1, downsample_ratio: float = 0.5
+) -> dict[str, Any]:
+    """The config of an R1V of two folders, as `R1VModel.from_parts` takes them."""
+    found = read_json(vision / "config.json")
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "vision_config": found.get("vision_config", found),
+        "llm_config": read_json(language / "config.json"),
+        "downsample_ratio": downsample_ratio,
+        "select_layer": -1,
+        "ps_version": "v2",
+        "force_image_size": found.get("force_image_size", found.get("image_size")),
+        "dynamic_image_size": True,
+        **TILING,
+        "max_dynamic_patch": max_dynamic_patch,
+    }
+
+
+def tokenizer_of(language: Path, rows: int) -> Any:
+    """A language model's tokenizer with the picture's tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True)
+    add_image_tokens(tokenizer, rows)
+    return tokenizer
+
+
+def tile_side(config: Mapping[str, Any]) -> int:
+    """Side of a tile in pixels."""
+    return int(config.get("force_image_size") or config["vision_config"]["image_size"])
+
+
+def tile_tokens(config: Mapping[str, Any]) -> int:
+    """Tokens that stand for a tile."""
+    return (tile_side(config) // config["vision_config"]["patch_size"] // round(1 / config["downsample_ratio"])) ** 2
 
 
 def make_language(config: Mapping[str, Any], dtype: torch.dtype | None = None) -> Any:

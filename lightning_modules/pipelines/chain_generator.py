@@ -16,7 +16,7 @@ from data_pipeline.steps.distill_chains import Generated
 from data_pipeline.steps.pixels import pixels
 from lightning_modules.networks.layout import Layout, LayoutError, Sample
 from lightning_modules.networks.r1v import R1VModel
-from lightning_modules.pipelines.answering import Decoding, TransformersEngine
+from lightning_modules.pipelines.answering import Decoding, Engine, VllmEngine
 from lightning_modules.pipelines.scorers import folder_fingerprint
 
 
@@ -28,6 +28,8 @@ class ChainGenerator:
 
     Args:
         pretrained: folder in R1V's layout, such as a run's export.
+        engine: what samples, as in reinforcement: answering.TransformersEngine, or VllmEngine with the same language
+            model, beside which only what makes its embeddings goes to `device`.
         decoding: how answers are sampled; each record's penalty is multiplied onto its `repetition_penalty`.
         context: tokens of a question and its answer, at most; a longer question cannot be asked.
         penalty_step: how finely penalties differ.
@@ -36,7 +38,8 @@ class ChainGenerator:
         device: where it runs.
     """
 
-    pretrained: str = ""
+    pretrained: str
+    engine: Engine
     decoding: Decoding = field(default_factory=Decoding)
     context: int = 16384
     penalty_step: float = 0.05
@@ -59,7 +62,12 @@ class ChainGenerator:
     @cached_property
     def _model(self) -> R1VModel:
         assert self.fingerprint  # a missing folder is named before a library looks for it
-        return R1VModel.from_folder(self.pretrained).to(self.device)
+        model = R1VModel.from_folder(self.pretrained).requires_grad_(False)
+        if isinstance(self.engine, VllmEngine):
+            for part in (model.vision, model.projector, model.language.get_input_embeddings()):
+                part.to(self.device)
+            return model
+        return model.to(self.device)
 
     @cached_property
     def _layout(self) -> Layout:
@@ -93,7 +101,7 @@ class ChainGenerator:
         """Answers under one penalty."""
         tokenizer, decoding = self._model.tokenizer, replace(self.decoding, repetition_penalty=penalty)
         found = []
-        for tokens in TransformersEngine().answers(self._model, samples, 1, decoding, seed):
+        for tokens in self.engine.answers(self._model, samples, 1, decoding, seed):
             ended = bool(len(tokens)) and int(tokens[-1]) == tokenizer.eos_token_id
             text = tokenizer.decode(tokens[:-1].tolist() if ended else tokens.tolist(), skip_special_tokens=False)
             found.append(Generated(str(text), len(tokens), ended))

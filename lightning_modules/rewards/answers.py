@@ -26,9 +26,17 @@ LETTER = re.compile(r"(?:option|choice)?\s{0,3}[\(\[]?([A-J])(?:[\)\].:]|\s{0,3}
 SEVERAL = re.compile(r"[\(\[]?([A-J])[\)\]]?(?:\s{0,3}(?:,|and|&)?\s{0,3}[\(\[]?([A-J])[\)\]]?){1,9}\.?")
 
 
+# Verdicts that are no numbers: the record's own answer cannot be read, or the comparison came to no end.
+FAILURES = ("truth", "timeout", "crash", "memory", "too_deep")
+
+
 class Verdict(NamedTuple):
     """What an answer is worth, 1 or 0, and why: "right", "wrong", "no_answer", "unparsed", "too_long"; or no number and
-    the name of a verifier's failure."""
+    the name of a verifier's failure (FAILURES).
+
+    An answer of the model that cannot be read is wrong: it was asked for one that can. A record's answer that cannot be
+    read, or a comparison that fails, says nothing of the model, whatever it answered.
+    """
 
     value: float | None
     reason: str
@@ -73,6 +81,8 @@ class Verifier:
         tolerance: float | None = None,
     ) -> Verdict:
         """The verdict on a whole text, whose final answer is looked for."""
+        if not readable(truth, kind, choices):
+            return Verdict(None, "truth")
         said = final_answer(text)
         if said is None:
             return Verdict(0.0, "no_answer")
@@ -89,6 +99,8 @@ class Verifier:
         tolerance: float | None = None,
     ) -> Verdict:
         """The verdict on an answer alone."""
+        if not readable(truth, kind, choices):
+            return Verdict(None, "truth")
         kind = kind_of(truth, choices) if kind == "auto" else kind
         if kind == "choice":
             return verdict(letters(said, choices) == letters(truth, choices))
@@ -102,7 +114,7 @@ class Verifier:
             assert wanted is not None and found is not None
             return verdict(agree(wanted, found, self.tolerance if tolerance is None else tolerance))
         if kind == "number":
-            return Verdict(None, "truth") if wanted is None else self.unread(said)
+            return self.unread(said)
         return self.formulas(said, truth)
 
     def unread(self, said: str) -> Verdict:
@@ -125,9 +137,10 @@ class Accuracy:
     Args:
         verifier: what compares.
 
-    `counts` is how often each reason came; who logs them clears it.
+    `counts` is how often each reason came; who logs them clears it. `requires` is what a record's metadata must hold.
     """
 
+    requires = ("answer",)
     verifier: Verifier = field(default_factory=Verifier)
     counts: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
@@ -189,6 +202,14 @@ def kind_of(truth: str, choices: Mapping[str, str] | None) -> Kind:
     if (found := quantity(truth)) is not None and (found.unit == "" or found.unit.replace(" ", "").isalpha()):
         return "math"  # which compares quantities first
     return "text" if re.fullmatch(r"[A-Za-z][A-Za-z' -]*[A-Za-z]", truth.strip()) else "math"
+
+
+def readable(truth: str, kind: Kind, choices: Mapping[str, str] | None) -> bool:
+    """Whether a record's answer can be compared with; formulas are read by the worker that compares them."""
+    kind = kind_of(truth, choices) if kind == "auto" else kind
+    if kind == "choice":
+        return bool(letters(truth, choices))
+    return bool(words(truth)) and (kind != "number" or quantity(truth) is not None)
 
 
 def words(text: str) -> str:

@@ -53,6 +53,21 @@ class ChainSampling:
                 f"{self.micro_answers} even, so that pairs stay together"
             )
 
+    def share(self, devices: int) -> int:
+        """Groups of a device in each of an iteration's updates.
+
+        InputError where they cannot be shared out evenly, which names the nearest numbers of groups that can.
+        """
+        unit = devices * self.updates
+        if self.groups % unit:
+            below = self.groups // unit * unit
+            near = " or ".join(str(n) for n in (below, below + unit) if n)
+            raise InputError(
+                f"sampling.groups {self.groups} must be a multiple of {devices} devices x {self.updates} updates; take "
+                f"{near}"
+            )
+        return self.groups // unit
+
 
 @dataclass
 class Overlong:
@@ -109,3 +124,8 @@ def reasons(rewards: Mapping[str, WeightedText]) -> Counter[str]:
             found += counts
             counts.clear()
     return found
+
+
+def required(rewards: Mapping[str, WeightedText]) -> tuple[str, ...]:
+    """What a record's metadata must hold to be scored, by rewards that say so."""
+    return tuple(dict.fromkeys(name for each in rewards.values() for name in getattr(each.reward, "requires", ())))

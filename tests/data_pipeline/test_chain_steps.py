@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,7 +16,7 @@ from data_pipeline.endpoint import Unanswered
 from data_pipeline.errors import InputError
 from data_pipeline.executors.local import Local
 from data_pipeline.index import load_index, read_member, sidecars
-from data_pipeline.length_control import LengthControl, normalised, penalty
+from data_pipeline.length_control import SCORES, LengthControl, normalised, penalty
 from data_pipeline.recipe import Recipe
 from data_pipeline.records import EncodedImage, ReasoningRecord, Record, Rejected, TextImageRecord
 from data_pipeline.score import score
@@ -120,6 +121,47 @@ def test_lengths_are_controlled_by_what_was_scored(tmp_path: Path) -> None:
     assert set(LengthControl(str(folder), alpha=0.0).penalties().values()) == {1.0}
 
 
+def replaced(table: pa.Table, name: str, values: list) -> pa.Table:
+    """A table with other values in a column."""
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+
+
+def rescored(folder: Path, null: Callable[[int], bool]) -> Path:
+    """The index with scores that are null where `null` says, with a note."""
+    for path in sidecars(folder):
+        table = pq.read_table(path)
+        for name in ("cot_vision", "cot_note"):
+            there = table[name].to_pylist()
+            values = ["HTTP 500" if name == "cot_note" else None if null(i) else v for i, v in enumerate(there)]
+            table = replaced(table, name, values)
+        pq.write_table(table, path)
+    return folder
+
+
+def test_scores_that_are_mostly_null_are_an_error_and_few_are_rejected_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shards(tmp_path / "chains", 16)
+    step = DistillChains(Echo(), AnswerJudge(), LengthControl(str(rescored(folder, lambda i: i == 1))))
+    found = step.rewrite([replace(record(), key=key) for key in ("chain-0000000", "chain-0000001", "r-1")])
+    unknown = [each for each in found if isinstance(each, Rejected)]
+    assert {each.reason for each in unknown} == {"no scores"} and len(unknown) == 2
+    assert "have no scores of difficulty" in caplog.text
+    with pytest.raises(InputError, match=r"16 of 16 records.*HTTP 500.*score_chains.yaml"):
+        LengthControl(str(rescored(folder, lambda i: True))).penalties()
+
+
+def test_scores_that_are_all_alike_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shards(tmp_path / "chains", 4)
+    for path in sidecars(folder):
+        table = pq.read_table(path)
+        for name in SCORES:
+            table = replaced(table, name, [3.0] * table.num_rows)
+        pq.write_table(table, path)
+    assert len(set(LengthControl(str(folder)).penalties().values())) == 1 and "one penalty for all" in caplog.text
+
+
 def test_scores_must_be_there(tmp_path: Path) -> None:
     Recipe(SceneQuestions(1, {"chain": 4})).build(tmp_path / "plain")
     with pytest.raises(InputError, match=r"no column cot_vision.*score_chains.yaml"):
@@ -170,10 +212,16 @@ def test_what_was_cut_off_or_cannot_be_judged_is_rejected_by_name() -> None:
     assert isinstance(caption, Rejected) and caption.reason == "no conversation"
 
 
-def test_a_new_chain_is_graded_anew() -> None:
+def test_a_new_chain_is_graded_anew_by_the_judge() -> None:
     old = record(score=0, hops=2)
-    kept = DistillChains(Echo(), AnswerJudge(), graded={"score": 5}).rewrite([old])[0]
+    kept = DistillChains(Echo(), AnswerJudge(), graded="score").rewrite([old])[0]
     assert kept.metadata["score"] == 5 and kept.metadata["hops"] == 2
+    bare = DistillChains(Echo("</think>\\boxed{red}"), AnswerJudge(), graded="score").rewrite([old])[0]
+    assert bare.metadata["score"] == 3  # without thoughts
+    asked = EndpointJudge(Said(lambda text: '{"decision": "keep", "grade": 4}'))
+    assert DistillChains(Echo(), asked, graded="score").rewrite([old])[0].metadata["score"] == 4
+    silent = EndpointJudge(Said(lambda text: '{"decision": "keep"}'))
+    assert DistillChains(Echo(), silent, graded="score").rewrite([old])[0].reason == "judge unusable"
     assert DistillChains(Echo(), AnswerJudge()).rewrite([old])[0].metadata["score"] == 0
 
 
@@ -203,6 +251,8 @@ def test_a_judge_behind_an_endpoint_decides(reply: dict, wanted: Judgement) -> N
         '{"decision": "rewrite", "reasoning": "  "}',
         '{"decision": "rewrite", "reasoning": "</think>\\\\boxed{blue}"}',
         '{"decision": ["keep"]}',
+        '{"decision": "keep", "grade": 9}',
+        '{"decision": "keep", "grade": true}',
     ],
 )
 def test_a_judge_that_answers_nonsense_has_said_nothing(reply: str) -> None:

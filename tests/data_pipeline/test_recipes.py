@@ -16,7 +16,7 @@ from data_pipeline.steps.quality import Quality
 
 FOLDER = Path(__file__).parents[2] / "configs" / "data"
 SELECTIONS = sorted(FOLDER.glob("select*.yaml"))
-SCORED = ("score_text_image", "score_edit", "judge_edit", "score_chains", "score_chains_scenes")
+SCORED = ("score_text_image", "score_edit", "judge_edit", "score_chains", "score_chains_scenes", "grade_chains")
 SCORINGS = [FOLDER / f"{name}.yaml" for name in SCORED]
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - {*SELECTIONS, *SCORINGS})
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from chains import SAMPLING, grpo
+from chains import folder as r1v_folder
 from micro import built, built_vlm, micro_config, tiny_vlm
 from micro_r1v import part, question_shards
 
+from data_pipeline.chat import load_chats, pictures, sizes
 from lightning_modules import ahead
 from lightning_modules.cli import main, outlined
+from lightning_modules.networks.layout import LayoutError
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +169,65 @@ def test_every_stage_is_planned_looked_at_and_tried(
         assert "BAD" not in capsys.readouterr().out
         assert main(["fit", "-c", str(path), "--dry_run"]) == 0, (name, capsys.readouterr().out)
         capsys.readouterr()
+
+
+def test_a_dry_run_counts_conversations_that_would_be_left_out(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stages(config, tmp_path)["r1v"]
+    [folder] = yaml.safe_load(path.read_text())["data"]["init_args"]["shards"]
+    iteration = {"verifier": "lightning_modules.rewards.answers.Accuracy", "score": "quality", "threshold": 2.0}
+    asked = changed(path, tmp_path / "iteration.yaml", model__init_args__iteration=iteration)
+    assert main(["fit", "-c", str(asked), "--dry_run"]) == 1
+    printed = capsys.readouterr().out
+    assert (
+        f"{folder}: 48 of 48 conversations: without a number quality, such as " in printed and "1 problems" in printed
+    )
+
+
+def test_a_dry_run_measures_conversations_where_the_models_are_here(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training would: what is longer than the context is counted before it begins."""
+    path = stages(config, tmp_path)["r1v"]
+    [folder] = yaml.safe_load(path.read_text())["data"]["init_args"]["shards"]
+    short = changed(path, tmp_path / "short.yaml", model__init_args__context=40)
+    made = outlined(["--config", str(short)])
+    own, asking = made.model.planned_layout(), grpo(context=26, sampling=replace(SAMPLING, max_new_tokens=6))
+    made.model.configure_model()
+    asking.configure_model()
+    assert own.context == 40 and vars(own) | {"tokenizer": 0} == vars(made.model.layout) | {"tokenizer": 0}
+    assert vars(asking.planned_layout()) | {"tokenizer": 0} == vars(asking.layout) | {"tokenizer": 0}
+    chats = load_chats([folder], {}, {})
+    for module, asks, name in ((made.model, False, "sample"), (asking, True, "prompt")):
+        long = 0
+        for chat in chats:
+            why = module.planned_layout().refused(chat.turns, sizes(chat.record), asks)
+            try:
+                getattr(module.layout, name)(chat.turns, pictures(chat.record))
+                assert why is None
+            except LayoutError as error:
+                long += 1
+                assert f"{why[0]}: {why[1]}" == str(error)
+        assert 0 < long < len(chats), name
+        if not asks:
+            assert main(["fit", "-c", str(short), "--dry_run"]) == 1
+            assert f"{folder}: {long} of {len(chats)} conversations: too long, such as " in capsys.readouterr().out
+
+
+def test_groups_that_cannot_be_shared_are_named_by_plan_and_dry_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load((Path(__file__).parents[2] / "configs" / "r1v_grpo.yaml").read_text())
+    content["model"]["init_args"]["pretrained"] = r1v_folder()
+    content["data"]["init_args"] = {"shards": [str(question_shards(tmp_path / "questions"))], "batch_size": 2}
+    content["trainer"] |= {"accelerator": "cpu", "devices": 3}
+    path = tmp_path / "grpo.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert main(["plan", "-c", str(path)]) == 2
+    assert "multiple of 3 devices x 1 updates; take 15 or 18" in capsys.readouterr().err
+    assert main(["fit", "-c", str(path), "--dry_run"]) == 1
+    assert "plan: sampling.groups 16" in capsys.readouterr().out
 
 
 def test_a_stage_whose_models_are_not_here_is_planned_and_not_found_well(

@@ -2,19 +2,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from chains import grpo
 from micro_r1v import part, question_shards
 from safetensors.torch import load_file
 
 from callbacks import Export
-from data_pipeline.chat import in_batches, load_chats
+from data_pipeline.chat import in_batches, load_chats, pictures
+from data_pipeline.chat_batches import ChatBatch
 from data_pipeline.chat_datamodule import ChatDataModule
 from data_pipeline.errors import InputError
 from lightning_modules.losses.tokens import token_weights
-from lightning_modules.networks.layout import packed
+from lightning_modules.networks.layout import Rows, packed
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.reasoning import WINDOW, Iteration, R1VModule
 from lightning_modules.rewards.answers import Accuracy
@@ -131,7 +134,9 @@ def test_errors_are_what_the_verifier_finds_wrong(shards: str, tmp_path: Path) -
     assert own.errors(chats) == sorted(chat.record.sample_id for chat in chats[2::3])
 
 
-def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(shards: str, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(
+    shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Wrong:
         """All are wrong."""
 
@@ -150,11 +155,86 @@ def test_what_cannot_be_asked_is_no_error_and_stops_no_validation(shards: str, t
     ids = [chat.record.sample_id for chat in (told, chats[3])]
     assert own.errors([bare, told, long, chats[3]]) == sorted(ids)
     assert own.left_out == {"missing picture": 1, "too long": 1}
+    assert "2 of 4 conversations were not verified" in caplog.text
+    with pytest.raises(InputError, match=r"2 of 3 conversations were not verified.*missing picture"):
+        own.errors([bare, long, told])
+    own.left_out.clear()
     batch = next(in_batches([bare, told, chats[3]], 3))
     logged: dict[str, float] = {}
     own.log = lambda name, value, **_: logged.update({name: float(torch.as_tensor(value).detach())})
     own.eval().validation_step(batch, 0)
     assert {"val/loss", "val/accuracy"} <= set(logged)
+
+
+def test_batches_of_tokens_fill_rows_and_resume_bit_for_bit(shards: str, tmp_path: Path) -> None:
+    """Rows are full to the context, one a batch; a run that was stopped goes on with the very same ones."""
+    seen: list[tuple[int, int]] = []
+
+    class Watched(R1VModule):
+        def rows(self, batch: ChatBatch) -> Rows:
+            found = super().rows(batch)
+            seen.append((len(found.input_ids), found.samples))
+            return found
+
+    def made() -> R1VModule:
+        return Watched(str(part("tower")), str(part("reasoner")), context=256, max_tiles=1, optimizer=FAST, steps=4)
+
+    whole, served = made(), data(shards, batch_tokens=256)
+    trainer(tmp_path, 4).fit(whole, datamodule=served)
+    assert {rows for rows, _ in seen} == {1} and sum(samples for _, samples in seen) > 4 * 2
+    samples = [whole.layout.sample(chat.turns, pictures(chat.record)) for chat in served.train]
+    assert served.lengths == [len(sample) for sample in samples]
+    first = made()
+    run = trainer(tmp_path, 2)
+    run.fit(first, datamodule=data(shards, batch_tokens=256))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    second = made()
+    trainer(tmp_path, 4).fit(second, datamodule=data(shards, batch_tokens=256), ckpt_path=tmp_path / "half.ckpt")
+    for name, tensor in whole.model.projector.state_dict().items():
+        assert torch.equal(tensor, second.model.projector.state_dict()[name])
+    narrow = module(context=28)
+    narrow.configure_model()
+    assert [narrow.tokens_of(chat) for chat in served.train] == [n if n <= 28 else 0 for n in served.lengths]
+
+
+def test_devices_share_the_measuring_and_the_looking_for_errors(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks, one after the other; what one gathers is what both found."""
+    own = module(iteration=Iteration(Accuracy(), max_new_tokens=2, samples=9))
+    own.configure_model()
+    own.trainer = trainer(tmp_path, 1)
+    chats = load_chats([shards], {}, {})[:7]
+    whole = own.lengths(chats), own.errors(chats)
+    assert len(set(whole[0])) > 1 and len(whole[1]) == 7
+    told: list[object] = []
+
+    def gathered(found: list, mine: object) -> None:
+        told.append(mine)
+        found[:] = [told[0], told[-1]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    for work, expected in zip((own.lengths, own.errors), whole, strict=True):
+        told.clear()
+        for rank in range(2):
+            own._trainer = SimpleNamespace(global_rank=rank, world_size=2)
+            last = work(chats)
+        assert last == expected
+
+
+def test_questions_are_not_measured(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.batch_tokens is for stages that measure"):
+        trainer(tmp_path, 1).fit(grpo(), datamodule=data(shards, batch_tokens=256))
+
+
+def test_what_has_no_answer_is_no_error(shards: str, tmp_path: Path) -> None:
+    own = module(iteration=Iteration(Accuracy(), max_new_tokens=2, samples=9))
+    own.configure_model()
+    own.trainer = trainer(tmp_path, 1)
+    assert own.wanted() == (("score",), ("answer",), True) and module().wanted() == ((), (), True)
+    chats = load_chats([shards], {}, {})[:3]
+    unknown = replace(chats[0], metadata={})
+    assert own.errors([unknown, *chats[1:]]) == sorted(chat.record.sample_id for chat in chats[1:])
 
 
 @pytest.mark.parametrize("normalisation", ["token", "sample", "square"])

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -17,7 +18,9 @@ from data_pipeline.errors import InputError
 from lightning_modules.networks.layout import Sample
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
+from lightning_modules.planning import Plan, Run
 from lightning_modules.reasoning_grpo import PATIENCE, ReasoningGrpoModule
+from lightning_modules.rewards.answers import Accuracy
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.chain_algorithms import MixedPreference, TokenGRPO
 from lightning_modules.rollouts.chain_settings import Overlong
@@ -128,6 +131,64 @@ def test_a_reward_that_never_tells_answers_apart_ends_the_run(tmp_path: Path) ->
     module = grpo(Flat(), sampling=replace(SAMPLING, max_new_tokens=1))
     with pytest.raises(InputError, match="taught nothing"):
         trained(module, [asked(i, 1) for i in range(PATIENCE + 1)], 2, tmp_path)
+
+
+def test_questions_that_are_mostly_left_out_end_a_run(tmp_path: Path) -> None:
+    """None can be asked here; half of them may be lost for ever, and any number now and then."""
+    batches = [asked(i) for i in range(PATIENCE)]
+    for batch in batches:
+        batch.pictures = [[], []]
+    with pytest.raises(InputError, match=r"most questions were left out \(\{'missing picture': 100\} so far\)"):
+        trained(grpo(), batches, 1, tmp_path)
+    module = grpo()
+    for _ in range(2 * PATIENCE):
+        module.bound(4, 2)
+    for lost in [3, 4] * (PATIENCE // 2 - 1) + [3, 0] + [4] * (PATIENCE - 1):
+        module.bound(4, 4 - lost)
+    with pytest.raises(InputError, match="most questions"):
+        module.bound(4, 1)
+
+
+def test_answers_that_are_never_scored_end_a_run_by_the_name_of_the_failure(tmp_path: Path) -> None:
+    """The records' own answers cannot be read: no answer is worth nothing, and the run does not go on for ever."""
+    module = grpo(Accuracy(), sampling=replace(SAMPLING, max_new_tokens=1, group_size=2))
+    seen = watched(module)
+    batches = [asked(i, 1) for i in range(PATIENCE)]
+    for batch in batches:
+        batch.metadata = [{"answer": "twelve", "answer_kind": "number"} for _ in batch.keys]
+    with pytest.raises(InputError, match=r"answers got no score \(\{'truth': 100\} so far\)"):
+        trained(module, batches, 2, tmp_path)
+    assert set(seen["answers/unscored"]) == {1.0} and "reward/mean" not in seen
+
+
+def test_questions_without_what_rewards_compare_with_are_left_out(tmp_path: Path) -> None:
+    module = grpo(Accuracy())
+    seen = watched(module)
+    module.configure_model()
+    batch = asked(0, 4)
+    batch.metadata[1], batch.metadata[2] = {}, {"answer": ""}
+    assert [q.key for q in module.questions(batch)] == ["k0-0", "k0-3"] and module.left_out == {"no answer": 2}
+    assert seen["answers/questions_left_out"] == [0.5] and module.wanted() == ((), ("answer",), True)
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices", "updates", "near"),
+    [(6, 4, 1, "4 or 8"), (12, 4, 2, "8 or 16"), (2, 8, 1, "take 8"), (16, 8, 2, ""), (8, 4, 2, "")],
+)
+def test_groups_that_devices_cannot_share_are_refused_with_what_would_do(
+    groups: int, devices: int, updates: int, near: str
+) -> None:
+    """Before anything is loaded by plan, and by fit before anything is sampled."""
+    module = grpo(sampling=replace(SAMPLING, groups=groups, updates=updates))
+    run = Run(module, {"devices": devices}, 0, {"conversations": 1.0}, 2, None, 1, ema=False, keep=2)
+    module.snapshots = SimpleNamespace(to=lambda device: None)
+    module._trainer = SimpleNamespace(world_size=devices)
+    for done in (lambda: Plan(run), module.on_fit_start):
+        if not near:
+            done()
+            continue
+        with pytest.raises(InputError, match=rf"groups {groups} must be a multiple.*{near}$"):
+            done()
 
 
 def test_a_failed_reward_is_no_zero(tmp_path: Path) -> None:

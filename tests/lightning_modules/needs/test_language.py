@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,15 @@ def test_full_size_is_planned_without_weights() -> None:
     attention = 3 * 4 * 64 * 4096**2 * 5120  # of the language model, forward once and backward twice
     assert plan.loads["conversations"].flops == pytest.approx(language + tower + attention, rel=0.02)
     assert len(plan.needs.assumed) == 3 and any("tokens/s" in line for line in plan.lines())
+
+
+def test_batches_of_tokens_are_planned_by_rows() -> None:
+    own = module(context=1024)
+    made = Outlined.of(*(read_json(part(n) / "config.json") for n in ("tower", "reasoner")), 1, run(None), ALL, False)
+    rows = Plan(replace(run(own, 1), batch_tokens=2048)).loads["conversations"]
+    length = min(1024, made.seen + 1024)
+    assert (rows.together, rows.batch) == (2, 2048 // length)
+    assert Plan(replace(run(own, 1), batch_tokens=2048)).peak == Plan(run(own, 2)).peak
 
 
 def test_answers_are_planned_with_what_sampling_holds_and_reads() -> None:

@@ -60,6 +60,31 @@ def test_all_answers_of_a_conversation_are_learned_unless_the_template_rewrites_
 
 
 @pytest.mark.parametrize("name", ["substitute", "reasoner"])
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_a_conversation_is_measured_without_its_pictures(name: str, thumbnail: bool) -> None:
+    layout = laid_out(name, max_tiles=6, thumbnail=thumbnail, context=1000)
+    shapes = [(64, 64), (64, 190), (300, 100), (40, 300)]
+    shown = [torch.zeros(3, *shape, dtype=torch.uint8) for shape in shapes]
+    talks = [
+        [
+            ("user", "<image>a"),
+            ("assistant", "<think>\nb\n</think>\nc"),
+            ("user", "c<image>d<image>"),
+            ("assistant", "e"),
+        ],
+        [("system", "be brief"), ("user", "<image><image><image>how many?"), ("assistant", "three")],
+        [("user", "<image>a"), ("assistant", "b"), ("user", "<image>after the last answer <image>")],
+    ]
+    for turns in talks:
+        for first in (0, 1):
+            own = slice(first, first + 3)
+            assert layout.length(turns, shapes[own]) == len(layout.sample(turns, shown[own]))
+    assert layout.length(talks[1], [(0, 0)] * 3) - layout.length(talks[1], [(64, 64)] * 3) == 3 * 4 * (5 + thumbnail)
+    with pytest.raises(LayoutError, match="missing picture"):
+        layout.length(talks[0], shapes[:2])
+
+
+@pytest.mark.parametrize("name", ["substitute", "reasoner"])
 def test_pictures_may_come_in_any_turn_of_a_user(name: str) -> None:
     layout = laid_out(name)
     turns = [("user", "<image>a"), ("assistant", "b"), ("user", "c<image>d<image>"), ("assistant", "e")]

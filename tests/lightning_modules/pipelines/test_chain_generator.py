@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from chains import folder
 from PIL import Image
 
 from data_pipeline.errors import InputError
+from data_pipeline.recipe import load_recipe
 from data_pipeline.records import EncodedImage, ReasoningRecord
+from data_pipeline.steps.distill_chains import EndpointJudge
 from lightning_modules.networks.layout import Layout
 from lightning_modules.networks.r1v import CLOSE, R1VModel, token_id
 from lightning_modules.pipelines import answering
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine, VllmEngine
 from lightning_modules.pipelines.chain_generator import ChainGenerator
+
+RECIPE = Path(__file__).parents[3] / "configs" / "data" / "distill_chains_sd35m.yaml"
 
 
 def record(key: str, text: str = "<image>how many?", pictures: int = 1) -> ReasoningRecord:
@@ -28,7 +34,7 @@ def record(key: str, text: str = "<image>how many?", pictures: int = 1) -> Reaso
 
 
 def test_each_record_is_answered_under_its_own_penalty() -> None:
-    generator = ChainGenerator(folder(), Decoding(8, temperature=0.0), context=128)
+    generator = ChainGenerator(folder(), TransformersEngine(), Decoding(8, temperature=0.0), context=128)
     records = [record(f"r-{i}") for i in range(3)]
     plain, strong, again = generator.generate(records, [1.0, 1.9, 1.0])
     assert plain == again != strong  # three times the same question
@@ -36,12 +42,42 @@ def test_each_record_is_answered_under_its_own_penalty() -> None:
 
 
 def test_what_cannot_be_asked_says_why() -> None:
-    generator = ChainGenerator(folder(), Decoding(8), context=64)
+    generator = ChainGenerator(folder(), TransformersEngine(), Decoding(8), context=64)
     missing, long, sound = generator.generate(
         [record("a", pictures=0), record("b", "<image>" + "how many? " * 40), record("c")], [1.0] * 3
     )
     assert missing.refused.startswith("missing picture") and long.refused.startswith("too long")
     assert not sound.refused and sound.tokens
+
+
+def test_an_engine_is_chosen_and_vllm_gets_a_frozen_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM says is read as what the model itself says."""
+    end = R1VModel.from_folder(folder()).tokenizer.eos_token_id
+    told: list[SimpleNamespace] = []
+
+    def generate(prompts: list, settings: SimpleNamespace) -> list:
+        told.append(settings)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[40, 41, end])]) for _ in prompts]
+
+    fake = SimpleNamespace(SamplingParams=lambda **settings: SimpleNamespace(**settings))
+    monkeypatch.setattr(VllmEngine, "loaded", lambda self: (fake, SimpleNamespace(generate=generate)))
+    generator = ChainGenerator(folder(), VllmEngine("models/llm"), Decoding(8), context=128)
+    first, second = generator.generate([record("a"), record("b")], [1.0, 1.5])
+    assert first == second and first.ended and first.tokens == 3
+    assert [settings.repetition_penalty for settings in told] == pytest.approx([1.0, 1.5])
+    assert not any(p.requires_grad for p in generator._model.parameters())
+
+
+def test_the_full_size_recipe_generates_by_vllm_and_is_judged_behind_an_endpoint(tmp_path: Path) -> None:
+    [distil, columns] = load_recipe(RECIPE, ["--source.path", str(tmp_path)]).steps
+    assert isinstance(distil.generator.engine, VllmEngine) and isinstance(distil.judge, EndpointJudge)
+    assert distil.graded == "score" and "score" in columns.names and distil.control.scores == "data/my_reasoning"
+    sft = yaml.safe_load((RECIPE.parents[1] / "sd35m" / "r1v_sft.yaml").read_text())["model"]["init_args"]
+    assert distil.generator.engine.language == sft["language"] and distil.generator.context == sft["context"]
+    other = RECIPE.read_text().replace("lightning_modules.pipelines.answering.VllmEngine", "subprocess.Popen")
+    (tmp_path / "other.yaml").write_text(other)
+    with pytest.raises(InputError, match=r"engine.class_path is subprocess.Popen; it must start with"):
+        load_recipe(tmp_path / "other.yaml", ["--source.path", str(tmp_path)])
 
 
 def model_and_prompts() -> tuple[R1VModel, list]:

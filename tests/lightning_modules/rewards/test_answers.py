@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.chains import Chain, boxes, final_answer, split
 from data_pipeline.errors import InputError
-from lightning_modules.rewards.answers import Accuracy, Format, Verdict, Verifier, soft_overlong
+from lightning_modules.rewards.answers import FAILURES, Accuracy, Format, Verdict, Verifier, soft_overlong
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.sandbox import Sandbox
 
@@ -74,6 +74,36 @@ def test_a_failure_is_a_failure_with_a_name() -> None:
     assert Verifier(unparsed="unknown").compare("twelve", "12 cm", "number") == Verdict(None, "unparsed")
     assert sandbox.verify("I do not know", "12") == Verdict(0.0, "no_answer")
     assert sandbox.verify(f"\\boxed{{{'1+' * 2000}1}}", "12") == Verdict(0.0, "too_long")
+
+
+@pytest.mark.parametrize(
+    ("truth", "kind", "choices"),
+    [
+        ("", "auto", None),
+        (" . ", "auto", None),
+        ("many", "number", None),
+        ("K", "auto", {"A": "red", "B": "blue"}),
+        ("green", "choice", {"A": "red", "B": "blue"}),
+        ("\\frac{1}{", "math", None),
+    ],
+)
+def test_an_answer_of_the_record_that_cannot_be_read_says_nothing_of_the_model(
+    verifier: Verifier, truth: str, kind: str, choices: dict | None
+) -> None:
+    for said in ("\\boxed{7}", "\\boxed{x+1}"):
+        assert verifier.verify(said, truth, kind, choices) == Verdict(None, "truth"), said
+    if kind != "math":  # formulas are read only where there is one to compare
+        assert verifier.verify("I do not know", truth, kind, choices) == Verdict(None, "truth")
+    assert {"truth", "timeout", "crash"} <= set(FAILURES)
+
+
+@pytest.mark.parametrize("failure", ["timeout", "crash", "memory", "too_deep"])
+def test_a_comparison_that_fails_is_masked(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sandbox, "compare", lambda *_: failure)
+    request = Request("?", metadata={"answer": FORMULA})
+    reward = Accuracy()
+    assert reward.score(["\\boxed{y}", f"\\boxed{{{FORMULA}}}", "nothing"], [request] * 3) == [None, 1.0, 0.0]
+    assert reward.counts == {failure: 1, "right": 1, "no_answer": 1} and failure in FAILURES
 
 
 def test_every_thread_gets_the_right_verdict(verifier: Verifier) -> None:
