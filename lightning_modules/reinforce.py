@@ -41,12 +41,14 @@ from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted, judge, of_task, score
 from lightning_modules.rollouts import collect
-from lightning_modules.rollouts.advantages import Advantages, normalised_sum, weighted_sum
-from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased
+from lightning_modules.rollouts.advantages import Advantages, normalised_sum
+from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased, by_step
 from lightning_modules.rollouts.arithmetic import resolve
 from lightning_modules.rollouts.policy import Policy
+from lightning_modules.rollouts.recording import Recording
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.rollouts.verdicts import averages, judged
 from lightning_modules.samplers import path
 from lightning_modules.samplers.timesteps import schedule
 from lightning_modules.schedule import AdamW, adamw
@@ -70,6 +72,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         advantages: how rewards become advantages.
         sampling: how many pictures, and how they are sampled.
         regularisation: what holds the policy back.
+        recording: where judged rollouts are saved, or replayed from in place of sampling.
         lora: adapters to train in place of all weights.
         optimizer: AdamW and its schedule.
         steps: updates of the whole run, for the schedule.
@@ -90,6 +93,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         advantages: Advantages = Advantages(),  # noqa: B008
         sampling: Sampling = Sampling(),  # noqa: B008
         regularisation: Regularisation = Regularisation(),  # noqa: B008
+        recording: Recording = Recording(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: AdamW = AdamW(),  # noqa: B008
         steps: int = 1000,
@@ -116,13 +120,14 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
         self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
+        self.recording = recording
         self.max_sequence_length, self.compute = max_sequence_length, Compute(frozen=frozen, recompute=recompute)
         self.vlm, self.train_connector = vlm, train_connector
         self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
         self.anchor: ImageBatch | None = None
-        self.evaluations, self.pictures, self.trained, self.idle = 0, 0, 0, 0
+        self.evaluations, self.pictures, self.trained, self.idle, self.batches = 0, 0, 0, 0, 0
         self.given, self.tightened = regularisation, 1.0
         self._pipeline: KontextPipeline | None = None
 
@@ -161,6 +166,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.arithmetic = replace(self.arithmetic, devices=self.trainer.world_size, prompts=prompts)
         if self.global_rank == 0:
             logger.info(self.arithmetic.table())
+        self.recording.check(self.batches, self.global_rank, self.trainer.world_size)
         pipeline = self.pipeline()
         attend_in_float32(pipeline.transformer, self.device)
         if hasattr(data, "sizes"):
@@ -209,7 +215,8 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         if self.regularisation.anchor > 0 and not judge(self.rewards, batch.task):
             self.anchor = batch
             return
-        found = self.collect(batch)
+        found = self.replay(batch) if self.recording.replay_from else self.collect(batch)
+        self.batches += 1
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
@@ -246,34 +253,18 @@ class ReinforceModule(GradientHooks, L.LightningModule):
                 if not beside:
                     wait([scores])
                 pending.append((rollout, scores))
-        return self.judged([(rollout, future.result()) for rollout, future in pending])
-
-    def judged(self, scored: list[tuple[Rollout, dict[str, Tensor]]]) -> list[Rollout]:
-        """Rollouts with their rewards, of the groups that teach something."""
-        found, totals = [], []
-        for rollout, scores in scored:
-            shape = (len(rollout.keys), self.sampling.group_size)
-            shaped = {name: values.reshape(shape).to(self.device) for name, values in scores.items()}
-            rollout.rewards = {name: values for name, values in shaped.items() if self.weights[name]}
-            totals.append(weighted_sum(rollout.rewards, self.weights))
-            useful = totals[-1].isfinite().all(dim=1) & self.advantages.useful(totals[-1].nan_to_num())
-            if useful.any():
-                found.append(rollout.select(useful.nonzero().flatten().tolist()))
-        total = torch.cat(totals)
-        known = total.isfinite().all(dim=1)
-        task = scored[0][0].task
-        for name in scored[0][1]:
-            values = torch.cat([scores[name] for _, scores in scored])
-            if values.isfinite().any():
-                self.log(f"reward/{task}/{name}", values[values.isfinite()].mean(), batch_size=1)
-        if known.any():
-            self.log(f"reward/{task}", total[known].mean(), prog_bar=True, batch_size=1)
-            self.log(f"reward/{task}_std", total[known].std(dim=1).mean(), batch_size=1)
-        self.log("rollouts/unscored", 1 - known.float().mean(), batch_size=1)
-        useful_groups = sum(len(rollout.keys) for rollout in found)
-        self.log("rollouts/useful", useful_groups / len(total), prog_bar=True, batch_size=1)
-        self.log("rollouts/flat", (known.sum() - useful_groups) / len(total), batch_size=1)
+        scored = [(rollout, future.result()) for rollout, future in pending]
+        found, figures = judged(scored, self.weights, self.advantages)
+        for name, value in figures.items():
+            shown = name in ("rollouts/useful", f"reward/{batch.task}")
+            self.log(name, value, prog_bar=shown, batch_size=1)
+        self.recording.write(found, self.batches, self.trainer.global_step, self.global_rank)
         return found
+
+    def replay(self, batch: ImageBatch) -> list[Rollout]:
+        """What a run that was recorded collected from a batch."""
+        fits = batch.task, self.sampling, self.algorithm, self.weights
+        return [each.to(self.device) for each in self.recording.replay(self.batches, self.global_rank, *fits)]
 
     @property
     def weights(self) -> dict[str, float]:
@@ -300,12 +291,14 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             self.algorithm.stochastic(),
             self.algorithm.window_at(self.draw_uniform("window")),
             self.seed,
+            settings.solver,
         )
         self.evaluations += self.arithmetic.to_sample * len(trajectory.x0)
         self.pictures += len(trajectory.x0)
         metadata = batch.metadata or [{}] * len(batch)
         conditions = sequence, pooled, references, trajectory
-        return Rollout(batch.task, batch.keys, batch.prompts, metadata, *conditions, negative=negative)
+        sampler = str(self.algorithm.stochastic() or "")
+        return Rollout(batch.task, batch.keys, batch.prompts, metadata, *conditions, negative=negative, sampler=sampler)
 
     def conditions(self, prompts: list[str], batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Sequence and pooled embeddings of prompts beside the pictures of a batch."""
@@ -367,10 +360,11 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
         for name, share in self.regularisation.snapshots.items():
             self.snapshots.approach(name, share)
-        for name in logs[0]:
-            self.log(f"train/{name}", torch.stack([entry[name] for entry in logs]).mean(), batch_size=1)
+        for name, value in averages(logs).items():
+            self.log(f"train/{name}", value, batch_size=1)
         self.log("cost/evaluations", float(self.evaluations), batch_size=1)
-        self.log("cost/per_picture", self.evaluations / self.pictures, batch_size=1)
+        if self.pictures:  # a replay samples none
+            self.log("cost/per_picture", self.evaluations / self.pictures, batch_size=1)
         self.log("cost/per_trained_picture", self.evaluations / self.trained, batch_size=1)
 
     def advantages_of(self, rollouts: list[Rollout]) -> list[Float[Tensor, " b"]]:
@@ -398,7 +392,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             v = policy(point.x, point.sigma)
             others = {name: velocities[i] for name, velocities in frozen.items()}
             losses, metrics = self.algorithm.loss(v, others.get("old", v.detach()), point, rollout, advantages)
-            metrics["loss"] = losses.detach().mean()
+            metrics |= by_step(metrics, point, rollout) | {"loss": losses.detach().mean()}
             for name, weight, divergence in self.regularisation.divergences(self.algorithm, v, others, point, rollout):
                 losses = losses + weight * divergence
                 metrics[name] = divergence.detach().mean()

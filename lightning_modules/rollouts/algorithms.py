@@ -6,7 +6,7 @@ and under those that sampled. The optimiser loop knows no algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -155,10 +155,27 @@ class Comparison(NamedTuple):
     dt: float
 
 
+RATIO_METRICS = ("ratio_mean", "ratio_std", "clipped")
+
+
 def ratio_metrics(ratio: Samples, cut: Tensor) -> dict[str, Tensor]:
     """Mean and spread of ratios, and the share that a limit holds back."""
     ratio = ratio.detach()
-    return {"ratio_mean": ratio.mean(), "ratio_std": ratio.std(correction=0), "clipped": cut.float().mean()}
+    found = ratio.mean(), ratio.std(correction=0), cut.float().mean()
+    return dict(zip(RATIO_METRICS, found, strict=True))
+
+
+def by_step(metrics: Mapping[str, Tensor], point: Point, rollout: Rollout) -> dict[str, Tensor]:
+    """Those of ratios under a name of their own at each stochastic step, which differ by orders of magnitude.
+
+    >>> point, rollout = Point(x, sigma, step=3), sampled_with_a_window_over_it  # doctest: +SKIP
+    >>> list(by_step({"ratio_std": std, "divergence": other}, point, rollout))  # doctest: +SKIP
+    ['ratio_std/step_3']
+    """
+    first, last = rollout.trajectory.window
+    if point.noise is not None or not first <= point.step < last:
+        return {}
+    return {f"{name}/step_{point.step}": value for name, value in metrics.items() if name in RATIO_METRICS}
 
 
 # As published with each: Flow-GRPO and DanceGRPO, Flow-GRPO-Fast with CPS, Precise (arXiv 2605.23522).
