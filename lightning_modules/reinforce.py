@@ -40,7 +40,7 @@ from lightning_modules.pipelines.opening import connected, open_folder, prompts_
 from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted, judge, of_task, score
-from lightning_modules.rollouts import collect
+from lightning_modules.rollouts import collect, shares
 from lightning_modules.rollouts.advantages import Advantages, normalised_sum
 from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased, by_step
 from lightning_modules.rollouts.arithmetic import resolve
@@ -55,6 +55,7 @@ from lightning_modules.schedule import AdamW, adamw
 
 logger = logging.getLogger(__name__)
 PATIENCE = 50  # batches that teach nothing before a run is given up
+COUNTS = ("evaluations", "pictures", "trained")
 
 
 class ReinforceModule(GradientHooks, L.LightningModule):
@@ -465,21 +466,25 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         """Adds the policies that are not trained, what waits for an update, and the counts; drops frozen weights."""
         trained = dict(self.trainable_parameters())
         checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        own = {
+            "waiting": [(each.facts(), each.to("cpu").tensors()) for each in self.waiting],
+            "anchor": None if self.anchor is None else vars(self.anchor.to("cpu")),
+            **{name: getattr(self, name) for name in (*COUNTS, "idle", "batches")},
+        }
         checkpoint["reinforce"] = {
             "copies": self.snapshots.copies,
-            "anchor": None if self.anchor is None else vars(self.anchor.to("cpu")),
-            "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
-            "counts": (self.evaluations, self.pictures, self.trained, self.idle),
             "tightened": self.tightened,
+            "devices": shares.gathered(own),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
-        saved = checkpoint["reinforce"]
+        saved, devices = checkpoint["reinforce"], checkpoint["reinforce"]["devices"]
         self.snapshots.copies = saved["copies"]
-        self.anchor = None if saved["anchor"] is None else ImageBatch(**saved["anchor"])
-        waiting = saved["waiting"] if self.global_rank == 0 else []  # they are the first device's; others sample anew
-        self.waiting = [Rollout.of(facts, tensors) for facts, tensors in waiting]
-        self.evaluations, self.pictures, self.trained, self.idle = saved["counts"]
+        self.waiting = [Rollout.of(facts, tensors) for facts, tensors in shares.share(devices, "waiting")]
+        anchor = shares.beside(devices, "anchor")
+        self.anchor = None if anchor is None else ImageBatch(**anchor)
+        self.idle, self.batches = (shares.beside(devices, name) for name in ("idle", "batches"))
+        self.evaluations, self.pictures, self.trained = (shares.counted(devices, name) for name in COUNTS)
         if saved["tightened"] != 1:
             self.hold_tighter(saved["tightened"])
