@@ -45,8 +45,8 @@ class Recording:
             rank: of the device.
             devices: of the run.
         """
-        earlier = [path for path in files(self.save_to or "") if fields_of(path)["rank"] == rank]
-        if self.save_to is not None and not batch and earlier:
+        earlier = files(self.save_to) if self.save_to is not None and not batch else []
+        if earlier := [path for path in earlier if fields_of(path)["rank"] == rank]:
             raise InputError(
                 f"recording.save_to: {self.save_to} holds {len(earlier)} files of rollouts already, such as "
                 f"{earlier[0].name}; name an empty folder"

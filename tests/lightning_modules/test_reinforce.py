@@ -41,10 +41,11 @@ RATIO_BASED = [
     GRPO(window=WINDOW),
     GRPO("flow", unit="gaussian", window=WINDOW),
     GRPO("dance", unit="gaussian", window=WINDOW),
-    GRPO("precise", unit="gaussian", window=WINDOW),
+    GRPO("precise", unit="gaussian", window=Window(2, (0, 2))),
     FlowDPPO(window=WINDOW),
     FlowDPPO("cps", unit="squared", window=WINDOW),
     GRPOGuard(window=WINDOW),
+    GRPOGuard("precise", window=WINDOW),
 ]
 
 
@@ -463,7 +464,7 @@ def test_a_config_can_name_every_algorithm(name: str) -> None:
         (lambda: Window(4, (0, 3)), "do not fit"),
         (lambda: GRPO("flow"), "log-probabilities in 'gaussian'"),
         (lambda: GRPO("cps", unit="gaussian"), "log-probabilities in 'squared'"),
-        (lambda: GRPOGuard("precise"), "defined for"),
+        (lambda: GRPOGuard("cps", unit="squared"), "defined for"),
         (lambda: Regularisation(old_rate=0.0), "old_rate"),
         (lambda: Regularisation(ema_kl=-1.0), "at least 0"),
         (lambda: ReinforceModule("x", {}, AWM(), regularisation=Regularisation(latent_kl=0.1)), "which AWM has not"),
