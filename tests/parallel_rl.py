@@ -22,7 +22,8 @@ from lightning_modules.rollouts.chain_algorithms import TokenGRPO
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
 from lightning_modules.rollouts.settings import Regularisation
 
-BATCHES, UPDATES, STOPPED = 8, 3, 7
+BATCHES, UPDATES = 8, 3
+STOPPED = {"pictures": 7, "answers": 5}  # batches, of which the last waits for another
 
 
 class SaveAfter(L.Callback):
@@ -55,8 +56,8 @@ def answers() -> tuple[L.LightningModule, list[Any]]:
     return module, [chains.asked(2 * i + rank) for i in range(2 * BATCHES)]
 
 
-def trained(module: L.LightningModule, batches: Sequence[Any], folder: Path, resume: Path | None = None) -> None:
-    """Trains on all ranks, and saves once in between."""
+def trained(module: L.LightningModule, batches: Sequence[Any], folder: Path, callbacks: list[L.Callback]) -> None:
+    """Trains on all ranks; without a callback that saves, from where another run saved."""
     trainer = L.Trainer(
         accelerator="cpu",
         strategy="ddp",
@@ -69,8 +70,9 @@ def trained(module: L.LightningModule, batches: Sequence[Any], folder: Path, res
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[] if resume else [SaveAfter(STOPPED, folder / "stopped.ckpt")],
+        callbacks=callbacks,
     )
+    resume = None if callbacks else folder / "stopped.ckpt"
     trainer.fit(module, DataLoader(rl.Stream(batches), batch_size=None), ckpt_path=resume)
 
 
@@ -88,9 +90,9 @@ def stopped(output: Path, name: str) -> dict[str, Any]:
     made = {"pictures": pictures, "answers": answers}[name]
     folder = output / name
     module, batches = made()
-    trained(module, batches, folder)
+    trained(module, batches, folder, [SaveAfter(STOPPED[name], folder / "stopped.ckpt")])
     again, _ = made()
-    trained(again, batches[STOPPED:], folder, folder / "stopped.ckpt")
+    trained(again, batches[STOPPED[name] :], folder, [])
     saved = torch.load(folder / "stopped.ckpt", weights_only=True)["reinforce" if name == "pictures" else "grpo"]
     held = [{what: len(each.get(what) or ()) for what in ("waiting", "buffer", "anchor")} for each in saved["devices"]]
     keys = [str(each["waiting"])[:2000] for each in saved["devices"]]
