@@ -26,7 +26,7 @@ from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.losses.forward_process import velocity_divergence
 from lightning_modules.needs.images import image_needs
-from lightning_modules.networks.adapters import Lora, add_lora
+from lightning_modules.networks.adapters import Lora, add_lora, as_base
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute, Precision, attend_in_float32, recompute_blocks
@@ -111,11 +111,8 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             raise InputError(
                 f"latent_kl compares stochastic steps, which {type(algorithm).__name__} has not; use velocity_kl"
             )
-        if regularisation.reference is not None and (lora is not None or train_connector):
-            raise InputError(
-                "regularisation.reference: that of adapters is what they are added to, and a connector's is what it "
-                "was; leave it out"
-            )
+        if regularisation.reference is not None and train_connector:
+            raise InputError("regularisation.reference: a connector's is what it was; leave it out")
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
@@ -152,12 +149,13 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         if self.lora is not None:
             add_lora(inner, self.lora, self.seed)
         recompute_blocks(inner, self.compute.recompute)
-        self.snapshots = Snapshots(dict(self.trainable_parameters()))
+        frozen = {f"transformer.{n}": p for n, p in self.transformer.named_parameters() if not p.requires_grad}
+        self.snapshots = Snapshots(dict(self.trainable_parameters()), frozen)
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
         if (reference := self.regularisation.reference) is not None:
-            other = load_frozen(checkpoint_folder(reference), self.transformer)
-            self.snapshots.put("reference", {f"transformer.{name}": p for name, p in other.named_parameters()})
+            other = load_frozen(checkpoint_folder(reference), self.transformer).state_dict()
+            self.snapshots.put("reference", {f"transformer.{n}": w for n, w in as_base(other, inner).items()})
         self.compile_blocks = self.compile_blocks and compile_blocks(inner)
 
     def on_fit_start(self) -> None:
@@ -206,11 +204,13 @@ class ReinforceModule(GradientHooks, L.LightningModule):
 
     def needs(self, run: Run) -> Needs:
         """What a run holds and does, for plan."""
-        return image_needs(run, self)
+        other = self.lora is not None and self.regularisation.reference is not None
+        return image_needs(run, self, int(other))
 
     def sources(self) -> dict[str, str]:
         """Folders, and what they must be, for doctor."""
-        return {self.pretrained: "image"}
+        reference = self.regularisation.reference
+        return {self.pretrained: "image"} | ({} if reference is None else {reference: "image"})
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         if self.regularisation.anchor > 0 and not judge(self.rewards, batch.task):
@@ -256,9 +256,8 @@ class ReinforceModule(GradientHooks, L.LightningModule):
                 pending.append((rollout, scores))
         scored = [(rollout, future.result()) for rollout, future in pending]
         found, figures = judged(scored, self.weights, self.advantages)
-        for name, value in figures.items():
-            shown = name in ("rollouts/useful", f"reward/{batch.task}")
-            self.log(name, value, prog_bar=shown, batch_size=1)
+        for name, figure in figures.items():
+            self.log(name, figure, prog_bar=name in ("rollouts/useful", f"reward/{batch.task}"), batch_size=1)
         self.recording.write(found, self.batches, self.trainer.global_step, self.global_rank)
         return found
 
@@ -472,7 +471,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             **{name: getattr(self, name) for name in (*COUNTS, "idle", "batches")},
         }
         checkpoint["reinforce"] = {
-            "copies": self.snapshots.copies,
+            "copies": self.snapshots.state(),
             "tightened": self.tightened,
             "devices": shares.gathered(own),
         }
@@ -480,7 +479,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
         saved, devices = checkpoint["reinforce"], checkpoint["reinforce"]["devices"]
-        self.snapshots.copies = saved["copies"]
+        self.snapshots.load(saved["copies"])
         self.waiting = [Rollout.of(facts, tensors) for facts, tensors in shares.share(devices, "waiting")]
         anchor = shares.beside(devices, "anchor")
         self.anchor = None if anchor is None else ImageBatch(**anchor)

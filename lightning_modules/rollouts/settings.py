@@ -51,7 +51,8 @@ class Regularisation:
         velocity_kl: weight of the mean squared difference of its velocity from the reference's.
         latent_kl: weight of the KL divergence of its stochastic steps from the reference's, as Flow-GRPO has it.
         reference: checkpoint folder of that reference, such as the model that an earlier stage began with; None takes
-            the weights that training starts from, which a stage's export holds merged. Adapters have no other.
+            the weights that training starts from, which a stage's export holds merged. Beside adapters it needs the
+            memory of another transformer.
         ema_kl: weight of the difference of its velocity from that of its own moving average.
         ema_decay: of that average.
         supervised: weight of the flow-matching loss on the prompts' own targets.
