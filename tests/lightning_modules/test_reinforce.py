@@ -32,6 +32,7 @@ from lightning_modules.rollouts.algorithms import AWM, GRPO, Algorithm, Diffusio
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.samplers import ode
 from lightning_modules.samplers.sde import SAMPLERS, FlowSDE
 from lightning_modules.schedule import AdamW
 
@@ -321,6 +322,26 @@ def test_rollouts_survive_saving_selecting_and_joining(folder: str, tmp_path: Pa
     for name, tensor in rollout.tensors().items():
         assert torch.equal(tensor, loaded.tensors()[name]) and torch.equal(tensor, again.tensors()[name])
     assert again.keys == rollout.keys and loaded.select([3]).keys == ["k0-3"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "solver", "wanted"),
+    [
+        (DiffusionNFT(), None, "dpm2"),
+        (DiffusionNFT(), "euler", "euler"),
+        (GRPO(window=Window(1, (0, 2))), None, "euler"),
+        (GRPO(window=Window(1, (0, 2))), "dpm2", "dpm2"),
+    ],
+)
+def test_a_config_chooses_what_takes_the_steps_that_are_not_stochastic(
+    folder: str, algorithm, solver: ode.Solver | None, wanted: ode.Solver, tmp_path: Path
+) -> None:
+    module = made(folder, algorithm, sampling=replace(SAMPLING, solver=solver))
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    t = rollout.trajectory
+    with torch.no_grad():
+        x0 = ode.walk(wanted, Policy.of(module.transformer, rollout, 1.0), t.states[-1], t.sigmas[t.window[1] :])
+    assert torch.equal(t.x0, x0)
 
 
 def test_members_of_a_group_differ_and_do_not_depend_on_what_is_beside_them(folder: str, tmp_path: Path) -> None:
