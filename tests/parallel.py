@@ -18,7 +18,6 @@ from typing import Any
 import lightning as L
 import torch
 from micro import built
-from parallel_rl import stopped
 from rl import Stream, prompts
 from torch.utils.data import DataLoader
 
@@ -127,6 +126,8 @@ def main(output: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
         if name in ("pictures", "answers"):
+            from parallel_rl import stopped  # which takes seconds, and the others need nothing of it
+
             (output / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(stopped(output, name)))
             continue
         plain, _, resumed = name.partition("+")
