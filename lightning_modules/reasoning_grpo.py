@@ -32,6 +32,7 @@ from lightning_modules.pipelines.answering import Decoding, Engine
 from lightning_modules.planning import Run
 from lightning_modules.rewards.answers import FAILURES
 from lightning_modules.rewards.protocol import Request
+from lightning_modules.rollouts import shares
 from lightning_modules.rollouts.advantages import Advantages, weighted_sum
 from lightning_modules.rollouts.chain_algorithms import ChainAlgorithm, MixedPreference, Totals
 from lightning_modules.rollouts.chain_settings import (
@@ -402,22 +403,26 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         """Adds the reference, what waits for an update, the buffer and the counts; drops frozen weights."""
         trained = dict(self.trainable_parameters())
         checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
-        checkpoint["grpo"] = {
-            "copies": self.snapshots.copies,
-            "waiting": [[answer.state() for answer in group] for group in self.waiting],
+        own = {
+            "waiting": [[answer.state() for answer in moved(group, "cpu")] for group in self.waiting],
             "buffer": [] if self.buffer is None else self.buffer.state(),
             "shift": getattr(self.algorithm, "shift", None),
-            "counts": (self.updates, self.asked, self.idle),
+            "idle": self.idle,
+            "asked": self.asked,
+        }
+        checkpoint["grpo"] = {
+            "copies": self.snapshots.copies,
+            "updates": self.updates,
+            "devices": shares.gathered(own),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
-        saved = checkpoint["grpo"]
-        self.snapshots.copies = saved["copies"]
-        own = self.global_rank == 0  # they are the first device's; others sample anew
-        self.waiting = [[Answer.of(state) for state in group] for group in saved["waiting"]] if own else []
+        saved, devices = checkpoint["grpo"], checkpoint["grpo"]["devices"]
+        self.snapshots.copies, self.updates = saved["copies"], saved["updates"]
+        self.waiting = [[Answer.of(state) for state in group] for group in shares.share(devices, "waiting")]
         if self.buffer is not None:
-            self.buffer.answers = [Answer.of(state) for state in saved["buffer"]] if own else []
-        if saved["shift"] is not None:
-            self.algorithm.shift = saved["shift"]  # type: ignore[attr-defined]
-        self.updates, self.asked, self.idle = saved["counts"]
+            self.buffer.answers = [Answer.of(state) for state in shares.share(devices, "buffer")]
+        if (shift := shares.beside(devices, "shift")) is not None:
+            self.algorithm.shift = shift  # type: ignore[attr-defined]
+        self.asked, self.idle = shares.counted(devices, "asked"), shares.beside(devices, "idle")

@@ -26,7 +26,7 @@ from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.flow_matching import flow_matching
 from lightning_modules.losses.forward_process import velocity_divergence
 from lightning_modules.needs.images import image_needs
-from lightning_modules.networks.adapters import Lora, add_lora
+from lightning_modules.networks.adapters import Lora, add_lora, as_base
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
 from lightning_modules.networks.compute import Compute, Precision, attend_in_float32, recompute_blocks
@@ -40,19 +40,22 @@ from lightning_modules.pipelines.opening import connected, open_folder, prompts_
 from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted, judge, of_task, score
-from lightning_modules.rollouts import collect
-from lightning_modules.rollouts.advantages import Advantages, normalised_sum, weighted_sum
-from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased
+from lightning_modules.rollouts import collect, shares
+from lightning_modules.rollouts.advantages import Advantages, normalised_sum
+from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased, by_step
 from lightning_modules.rollouts.arithmetic import resolve
 from lightning_modules.rollouts.policy import Policy
+from lightning_modules.rollouts.recording import Recording
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.rollouts.verdicts import averages, judged
 from lightning_modules.samplers import path
 from lightning_modules.samplers.timesteps import schedule
 from lightning_modules.schedule import AdamW, adamw
 
 logger = logging.getLogger(__name__)
 PATIENCE = 50  # batches that teach nothing before a run is given up
+COUNTS = ("evaluations", "pictures", "trained")
 
 
 class ReinforceModule(GradientHooks, L.LightningModule):
@@ -70,6 +73,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         advantages: how rewards become advantages.
         sampling: how many pictures, and how they are sampled.
         regularisation: what holds the policy back.
+        recording: where judged rollouts are saved, or replayed from in place of sampling.
         lora: adapters to train in place of all weights.
         optimizer: AdamW and its schedule.
         steps: updates of the whole run, for the schedule.
@@ -90,6 +94,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         advantages: Advantages = Advantages(),  # noqa: B008
         sampling: Sampling = Sampling(),  # noqa: B008
         regularisation: Regularisation = Regularisation(),  # noqa: B008
+        recording: Recording = Recording(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: AdamW = AdamW(),  # noqa: B008
         steps: int = 1000,
@@ -106,23 +111,21 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             raise InputError(
                 f"latent_kl compares stochastic steps, which {type(algorithm).__name__} has not; use velocity_kl"
             )
-        if regularisation.reference is not None and (lora is not None or train_connector):
-            raise InputError(
-                "regularisation.reference: that of adapters is what they are added to, and a connector's is what it "
-                "was; leave it out"
-            )
+        if regularisation.reference is not None and train_connector:
+            raise InputError("regularisation.reference: a connector's is what it was; leave it out")
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.pretrained, self.steps, self.seed, self.compile_blocks = pretrained, steps, seed, compile
         self.rewards, self.algorithm, self.advantages, self.sampling = rewards, algorithm, advantages, sampling
         self.regularisation, self.lora, self.optimizer_settings = regularisation, lora, optimizer
+        self.recording = recording
         self.max_sequence_length, self.compute = max_sequence_length, Compute(frozen=frozen, recompute=recompute)
         self.vlm, self.train_connector = vlm, train_connector
         self.arithmetic = resolve(sampling, algorithm, regularisation, lora is not None, recompute)
         self.transformer: Any = None
         self.waiting: list[Rollout] = []
         self.anchor: ImageBatch | None = None
-        self.evaluations, self.pictures, self.trained, self.idle = 0, 0, 0, 0
+        self.evaluations, self.pictures, self.trained, self.idle, self.batches = 0, 0, 0, 0, 0
         self.given, self.tightened = regularisation, 1.0
         self._pipeline: KontextPipeline | None = None
 
@@ -146,12 +149,13 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         if self.lora is not None:
             add_lora(inner, self.lora, self.seed)
         recompute_blocks(inner, self.compute.recompute)
-        self.snapshots = Snapshots(dict(self.trainable_parameters()))
+        frozen = {f"transformer.{n}": p for n, p in self.transformer.named_parameters() if not p.requires_grad}
+        self.snapshots = Snapshots(dict(self.trainable_parameters()), frozen)
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
         if (reference := self.regularisation.reference) is not None:
-            other = load_frozen(checkpoint_folder(reference), self.transformer)
-            self.snapshots.put("reference", {f"transformer.{name}": p for name, p in other.named_parameters()})
+            other = load_frozen(checkpoint_folder(reference), self.transformer).state_dict()
+            self.snapshots.put("reference", {f"transformer.{n}": w for n, w in as_base(other, inner).items()})
         self.compile_blocks = self.compile_blocks and compile_blocks(inner)
 
     def on_fit_start(self) -> None:
@@ -161,6 +165,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.arithmetic = replace(self.arithmetic, devices=self.trainer.world_size, prompts=prompts)
         if self.global_rank == 0:
             logger.info(self.arithmetic.table())
+        self.recording.check(self.batches, self.global_rank, self.trainer.world_size)
         pipeline = self.pipeline()
         attend_in_float32(pipeline.transformer, self.device)
         if hasattr(data, "sizes"):
@@ -199,17 +204,20 @@ class ReinforceModule(GradientHooks, L.LightningModule):
 
     def needs(self, run: Run) -> Needs:
         """What a run holds and does, for plan."""
-        return image_needs(run, self)
+        other = self.lora is not None and self.regularisation.reference is not None
+        return image_needs(run, self, int(other))
 
     def sources(self) -> dict[str, str]:
         """Folders, and what they must be, for doctor."""
-        return {self.pretrained: "image"}
+        reference = self.regularisation.reference
+        return {self.pretrained: "image"} | ({} if reference is None else {reference: "image"})
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> None:
         if self.regularisation.anchor > 0 and not judge(self.rewards, batch.task):
             self.anchor = batch
             return
-        found = self.collect(batch)
+        found = self.replay(batch) if self.recording.replay_from else self.collect(batch)
+        self.batches += 1
         self.idle = 0 if found else self.idle + 1
         if self.idle == PATIENCE:
             raise InputError(
@@ -246,34 +254,17 @@ class ReinforceModule(GradientHooks, L.LightningModule):
                 if not beside:
                     wait([scores])
                 pending.append((rollout, scores))
-        return self.judged([(rollout, future.result()) for rollout, future in pending])
-
-    def judged(self, scored: list[tuple[Rollout, dict[str, Tensor]]]) -> list[Rollout]:
-        """Rollouts with their rewards, of the groups that teach something."""
-        found, totals = [], []
-        for rollout, scores in scored:
-            shape = (len(rollout.keys), self.sampling.group_size)
-            shaped = {name: values.reshape(shape).to(self.device) for name, values in scores.items()}
-            rollout.rewards = {name: values for name, values in shaped.items() if self.weights[name]}
-            totals.append(weighted_sum(rollout.rewards, self.weights))
-            useful = totals[-1].isfinite().all(dim=1) & self.advantages.useful(totals[-1].nan_to_num())
-            if useful.any():
-                found.append(rollout.select(useful.nonzero().flatten().tolist()))
-        total = torch.cat(totals)
-        known = total.isfinite().all(dim=1)
-        task = scored[0][0].task
-        for name in scored[0][1]:
-            values = torch.cat([scores[name] for _, scores in scored])
-            if values.isfinite().any():
-                self.log(f"reward/{task}/{name}", values[values.isfinite()].mean(), batch_size=1)
-        if known.any():
-            self.log(f"reward/{task}", total[known].mean(), prog_bar=True, batch_size=1)
-            self.log(f"reward/{task}_std", total[known].std(dim=1).mean(), batch_size=1)
-        self.log("rollouts/unscored", 1 - known.float().mean(), batch_size=1)
-        useful_groups = sum(len(rollout.keys) for rollout in found)
-        self.log("rollouts/useful", useful_groups / len(total), prog_bar=True, batch_size=1)
-        self.log("rollouts/flat", (known.sum() - useful_groups) / len(total), batch_size=1)
+        scored = [(rollout, future.result()) for rollout, future in pending]
+        found, figures = judged(scored, self.weights, self.advantages)
+        for name, figure in figures.items():
+            self.log(name, figure, prog_bar=name in ("rollouts/useful", f"reward/{batch.task}"), batch_size=1)
+        self.recording.write(found, self.batches, self.trainer.global_step, self.global_rank)
         return found
+
+    def replay(self, batch: ImageBatch) -> list[Rollout]:
+        """What a run that was recorded collected from a batch."""
+        fits = batch.task, self.sampling, self.algorithm, self.weights
+        return [each.to(self.device) for each in self.recording.replay(self.batches, self.global_rank, *fits)]
 
     @property
     def weights(self) -> dict[str, float]:
@@ -300,12 +291,14 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             self.algorithm.stochastic(),
             self.algorithm.window_at(self.draw_uniform("window")),
             self.seed,
+            settings.solver,
         )
         self.evaluations += self.arithmetic.to_sample * len(trajectory.x0)
         self.pictures += len(trajectory.x0)
         metadata = batch.metadata or [{}] * len(batch)
         conditions = sequence, pooled, references, trajectory
-        return Rollout(batch.task, batch.keys, batch.prompts, metadata, *conditions, negative=negative)
+        sampler = str(self.algorithm.stochastic() or "")
+        return Rollout(batch.task, batch.keys, batch.prompts, metadata, *conditions, negative=negative, sampler=sampler)
 
     def conditions(self, prompts: list[str], batch: ImageBatch) -> tuple[Tensor, Tensor]:
         """Sequence and pooled embeddings of prompts beside the pictures of a batch."""
@@ -367,10 +360,11 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
         for name, share in self.regularisation.snapshots.items():
             self.snapshots.approach(name, share)
-        for name in logs[0]:
-            self.log(f"train/{name}", torch.stack([entry[name] for entry in logs]).mean(), batch_size=1)
+        for name, value in averages(logs).items():
+            self.log(f"train/{name}", value, batch_size=1)
         self.log("cost/evaluations", float(self.evaluations), batch_size=1)
-        self.log("cost/per_picture", self.evaluations / self.pictures, batch_size=1)
+        if self.pictures:  # a replay samples none
+            self.log("cost/per_picture", self.evaluations / self.pictures, batch_size=1)
         self.log("cost/per_trained_picture", self.evaluations / self.trained, batch_size=1)
 
     def advantages_of(self, rollouts: list[Rollout]) -> list[Float[Tensor, " b"]]:
@@ -398,7 +392,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             v = policy(point.x, point.sigma)
             others = {name: velocities[i] for name, velocities in frozen.items()}
             losses, metrics = self.algorithm.loss(v, others.get("old", v.detach()), point, rollout, advantages)
-            metrics["loss"] = losses.detach().mean()
+            metrics |= by_step(metrics, point, rollout) | {"loss": losses.detach().mean()}
             for name, weight, divergence in self.regularisation.divergences(self.algorithm, v, others, point, rollout):
                 losses = losses + weight * divergence
                 metrics[name] = divergence.detach().mean()
@@ -471,21 +465,25 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         """Adds the policies that are not trained, what waits for an update, and the counts; drops frozen weights."""
         trained = dict(self.trainable_parameters())
         checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
-        checkpoint["reinforce"] = {
-            "copies": self.snapshots.copies,
+        own = {
+            "waiting": [(each.facts(), each.to("cpu").tensors()) for each in self.waiting],
             "anchor": None if self.anchor is None else vars(self.anchor.to("cpu")),
-            "waiting": [(rollout.facts(), rollout.tensors()) for rollout in self.waiting],
-            "counts": (self.evaluations, self.pictures, self.trained, self.idle),
+            **{name: getattr(self, name) for name in (*COUNTS, "idle", "batches")},
+        }
+        checkpoint["reinforce"] = {
+            "copies": self.snapshots.state(),
             "tightened": self.tightened,
+            "devices": shares.gathered(own),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
-        saved = checkpoint["reinforce"]
-        self.snapshots.copies = saved["copies"]
-        self.anchor = None if saved["anchor"] is None else ImageBatch(**saved["anchor"])
-        waiting = saved["waiting"] if self.global_rank == 0 else []  # they are the first device's; others sample anew
-        self.waiting = [Rollout.of(facts, tensors) for facts, tensors in waiting]
-        self.evaluations, self.pictures, self.trained, self.idle = saved["counts"]
+        saved, devices = checkpoint["reinforce"], checkpoint["reinforce"]["devices"]
+        self.snapshots.load(saved["copies"])
+        self.waiting = [Rollout.of(facts, tensors) for facts, tensors in shares.share(devices, "waiting")]
+        anchor = shares.beside(devices, "anchor")
+        self.anchor = None if anchor is None else ImageBatch(**anchor)
+        self.idle, self.batches = (shares.beside(devices, name) for name in ("idle", "batches"))
+        self.evaluations, self.pictures, self.trained = (shares.counted(devices, name) for name in COUNTS)
         if saved["tightened"] != 1:
             self.hold_tighter(saved["tightened"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,9 @@ SAMPLING = ChainSampling(group_size=4, groups=2, micro_answers=4, max_new_tokens
 
 @functools.cache
 def folder() -> str:
-    """An R1V folder for the whole test session."""
+    """An R1V folder for the whole test session, in all of its processes."""
+    if found := os.environ.get("MICRO_R1V"):
+        return found
     target = root() / "r1v"
     micro_r1v().save_pretrained(target)
     return str(target)

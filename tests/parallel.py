@@ -121,9 +121,15 @@ def trained(
 
 
 def main(output: Path, names: list[str]) -> None:
-    """Trains each variant and writes what it gave; "NAME+resumed" goes on from the middle of NAME."""
+    """Trains each variant and writes what it gave; "NAME+resumed" goes on from the middle of NAME. "pictures" and
+    "answers" are reinforced."""
     torch.set_num_threads(1)
     for name in names:
+        if name in ("pictures", "answers"):
+            from parallel_rl import stopped  # which takes seconds, and the others need nothing of it
+
+            (output / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(stopped(output, name)))
+            continue
         plain, _, resumed = name.partition("+")
         checkpoint = output / plain / "checkpoints" / "step_00000003.ckpt" if resumed else None
         found = trained(output, name, resume=checkpoint, **VARIANTS[plain])

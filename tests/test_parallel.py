@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import chains
 import pytest
 import torch
 from micro import built
@@ -29,7 +30,13 @@ def two_ranks(output: Path, *names: str) -> None:
         port = found.getsockname()[1]
     common = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
-    common |= {"MICRO_FOLDER": str(built()), "HF_HUB_OFFLINE": "1", "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    common |= {
+        "MICRO_FOLDER": str(built()),
+        "MICRO_R1V": chains.folder(),
+        "HF_HUB_OFFLINE": "1",
+        "TORCHELASTIC_RUN_ID": "test",
+        "GROUP_RANK": "0",
+    }
     argv = [sys.executable, str(ROOT / "tests" / "parallel.py"), str(output), *names]
     with ExitStack() as stack:
         logs = [stack.enter_context(open(output / f"log-{rank}", "w+")) for rank in range(2)]
@@ -65,7 +72,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, several ways."""
     output = tmp_path_factory.mktemp("parallel")
-    two_ranks(output, "ddp", "sharded", "sharded_accumulated", "sharded+resumed", "low_ddp", "low_sharded")
+    two_ranks(
+        output,
+        "ddp",
+        "sharded",
+        "sharded_accumulated",
+        "sharded+resumed",
+        "low_ddp",
+        "low_sharded",
+        "pictures",
+        "answers",
+    )
     return output
 
 
@@ -120,6 +137,17 @@ def test_the_exports_of_replicated_and_sharded_runs_are_alike(parallel: Path) ->
     a, b = (KontextPipeline.from_pretrained(parallel / name / "export").transformer for name in ("ddp", "sharded"))
     for (name, p), (_, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ["pictures", "answers"])
+def test_reinforcement_goes_on_with_what_waited_on_each_rank(name: str, parallel: Path) -> None:
+    """Stopped while rollouts wait for an update, which are of each rank's own prompts."""
+    ranks = [json.loads((parallel / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+    for found in ranks:
+        assert found["resumed"] == found["whole"]
+        assert not found["alike"] and all(held["waiting"] for held in found["held"])
+        assert all(held["anchor" if name == "pictures" else "buffer"] for held in found["held"])
+    assert ranks[0]["whole"]["weights"] == ranks[1]["whole"]["weights"]
 
 
 @pytest.mark.parametrize("name", ["again", "cheap"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,15 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
         for adapter in layer.active_adapters:
             state[f"{name}.weight"] = state[f"{name}.weight"].float() + layer.get_delta_weight(adapter).float()
     return state
+
+
+def as_base(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Weights of a module without adapters under the names of one that may have them, whose own adapters stay.
+
+    Right after `add_lora` these add exactly nothing.
+    """
+    plain = {name: name.replace(".base_layer.", ".") for name, _ in module.named_parameters()}
+    return {name: state.get(plain[name], p.detach()) for name, p in module.named_parameters()}
 
 
 def adapter_state(module: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,11 +16,20 @@ class Snapshots:
     """Named copies of parameters, and the network under one of them, with the graph that is compiled already.
 
     Between a forward pass with gradients and its backward pass no copy may be put in: autograd reads the parameters.
+
+    Args:
+        parameters: those that are trained, which every copy has.
+        frozen: others, which a copy may have too.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
-        self.parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, Parameter], frozen: Mapping[str, Parameter] | None = None) -> None:
+        self.parameters, self.frozen = dict(parameters), dict(frozen or {})
         self.copies: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def every(self) -> dict[str, Parameter]:
+        """All parameters that copies may have."""
+        return self.parameters | self.frozen
 
     @torch.no_grad()
     def take(self, name: str) -> None:
@@ -35,15 +44,25 @@ class Snapshots:
 
     @torch.no_grad()
     def put(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Takes weights of the same names and shapes for a copy."""
-        if {key: w.shape for key, w in weights.items()} != {key: p.shape for key, p in self.parameters.items()}:
+        """Takes weights of the same names and shapes for a copy: of all that is trained, or of what is frozen too."""
+        every = self.every
+        whole = weights.keys() in (self.parameters.keys(), every.keys())
+        if not whole or any(w.shape != every[key].shape for key, w in weights.items()):
             raise CheckpointError(f"the weights for the {name} are of another architecture than what is trained")
-        self.copies[name] = {key: weights[key].detach().clone().to(p) for key, p in self.parameters.items()}
+        self.copies[name] = {key: w.detach().clone().to(every[key]) for key, w in weights.items()}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The copies of what is trained, for checkpoints, which hold no frozen weights."""
+        return {name: {key: copy[key] for key in self.parameters} for name, copy in self.copies.items()}
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `state`; what a copy has of frozen weights stays as it was put."""
+        self.copies = {name: {**self.copies.get(name, {}), **copy} for name, copy in state.items()}
 
     @torch.no_grad()
     def approach(self, name: str, share: float) -> None:
         """Moves a copy towards the weights: copy + share (weights - copy)."""
-        copies = list(self.copies[name].values())
+        copies = [self.copies[name][key] for key in self.parameters]
         torch._foreach_lerp_(copies, [p.detach() for p in self.parameters.values()], share)
 
     @contextmanager
@@ -52,11 +71,12 @@ class Snapshots:
         if name is None:
             yield
             return
-        own = {key: p.data for key, p in self.parameters.items()}
+        changed = {key: p for key, p in self.every.items() if key in self.copies[name]}
+        own = {key: p.data for key, p in changed.items()}
         try:
-            for key, p in self.parameters.items():
+            for key, p in changed.items():
                 p.data = self.copies[name][key]
             yield
         finally:
-            for key, p in self.parameters.items():
+            for key, p in changed.items():
                 p.data = own[key]

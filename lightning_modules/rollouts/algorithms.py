@@ -6,9 +6,9 @@ and under those that sampled. The optimiser loop knows no algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -89,12 +89,14 @@ class RatioBased:
         noise: its noise level; None takes the sampler's own.
         unit: what the limits below are measured in; it must be the unit of the sampler's log-probability.
         window: the stochastic steps.
+        normalised: whether ratios of all steps are brought to one scale.
     """
 
     sampler: Literal["flow", "dance", "cps", "precise"] = "cps"
     noise: float | None = None
     unit: Unit = "squared"
     window: Window = field(default_factory=Window)
+    normalised: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.steps.unit != self.unit:
@@ -155,10 +157,27 @@ class Comparison(NamedTuple):
     dt: float
 
 
+RATIO_METRICS = ("ratio_mean", "ratio_std", "clipped")
+
+
 def ratio_metrics(ratio: Samples, cut: Tensor) -> dict[str, Tensor]:
     """Mean and spread of ratios, and the share that a limit holds back."""
     ratio = ratio.detach()
-    return {"ratio_mean": ratio.mean(), "ratio_std": ratio.std(correction=0), "clipped": cut.float().mean()}
+    found = ratio.mean(), ratio.std(correction=0), cut.float().mean()
+    return dict(zip(RATIO_METRICS, found, strict=True))
+
+
+def by_step(metrics: Mapping[str, Tensor], point: Point, rollout: Rollout) -> dict[str, Tensor]:
+    """Those of ratios under a name of their own at each stochastic step, which differ by orders of magnitude.
+
+    >>> point, rollout = Point(x, sigma, step=3), sampled_with_a_window_over_it  # doctest: +SKIP
+    >>> list(by_step({"ratio_std": std, "divergence": other}, point, rollout))  # doctest: +SKIP
+    ['ratio_std/step_3']
+    """
+    first, last = rollout.trajectory.window
+    if point.noise is not None or not first <= point.step < last:
+        return {}
+    return {f"{name}/step_{point.step}": value for name, value in metrics.items() if name in RATIO_METRICS}
 
 
 # As published with each: Flow-GRPO and DanceGRPO, Flow-GRPO-Fast with CPS, Precise (arXiv 2605.23522).
@@ -212,27 +231,47 @@ class FlowDPPO(RatioBased):
         return loss, ratio_metrics(ratio, divergence >= self.limit) | {"divergence": divergence.mean()}
 
 
+# As published: GRPO-Guard's, and Precise's with its RatioNorm.
+GUARDED_CLIPS = {"flow": 2e-6, "dance": 2e-6, "precise": 4e-6}
+
+
 @dataclass
 class GRPOGuard(RatioBased):
-    """GRPO-Guard (arXiv 2510.22319): ratios normalised step by step. For the Gaussian unit of "flow" and "dance"."""
+    """GRPO-Guard (arXiv 2510.22319): ratios normalised step by step; with "precise" the RatioNorm that was published
+    with that sampler (arXiv 2605.23522). For log-probabilities in the Gaussian unit.
+
+    Attributes:
+        clip: of the normalised ratio; None takes the one that was published with the sampler.
+    """
 
     sampler: Literal["flow", "dance", "cps", "precise"] = "flow"
     unit: Unit = "gaussian"
-    clip: float = 2e-6
+    clip: float | None = None
+    normalised: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sampler not in ("flow", "dance"):
-            raise InputError(f'GRPOGuard is defined for "flow" and "dance", not {self.sampler!r}')
+        if self.sampler not in GUARDED_CLIPS:
+            raise InputError(f'GRPOGuard is defined for "flow", "dance" and "precise", not {self.sampler!r}')
+
+    @property
+    def clip_range(self) -> float:
+        """How far a ratio may be from 1."""
+        return GUARDED_CLIPS[self.sampler] if self.clip is None else self.clip
+
+    def gain(self, found: Comparison) -> float:
+        """What a step multiplies a change of the velocity by: -dt of the flow, which GRPO-Guard divides by; |dmean/dv|
+        in closed form, which Precise divides by."""
+        return abs(found.coefficients.v) if self.sampler == "precise" else found.dt
 
     def loss(
         self, v: Tensor, v_old: Tensor, point: Point, rollout: Rollout, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        found = self.compare(v, v_old, point, rollout)
+        found, clip = self.compare(v, v_old, point, rollout), self.clip_range
         divergence = gaussian_divergence(found.mean, found.old_mean, found.coefficients.std)
         ratio = guarded_ratio(found.log_ratio, divergence, found.coefficients.std)
-        loss = ppo_clip(ratio, advantages, self.clip) / found.dt
-        return loss, ratio_metrics(ratio, (ratio - 1).abs() > self.clip)
+        loss = ppo_clip(ratio, advantages, clip) / self.gain(found)
+        return loss, ratio_metrics(ratio, (ratio - 1).abs() > clip)
 
 
 @dataclass

@@ -142,7 +142,7 @@ def resolve(
 
 
 def require_noise(sampling: Sampling, algorithm: RatioBased, regularisation: Regularisation) -> None:
-    """InputError where a window leaves the schedule, or divides by the noise of a step that adds none."""
+    """InputError where a window leaves the schedule, or divides by the noise of a step that adds next to none."""
     steps, (first, last) = sampling.num_inference_steps, algorithm.window.within
     if last > steps:
         raise InputError(
@@ -162,6 +162,14 @@ def require_noise(sampling: Sampling, algorithm: RatioBased, regularisation: Reg
             f"algorithm: {algorithm.sampler!r} adds no noise at step {silent[0]} of {steps}, and "
             f"{'latent_kl' if kl else 'its log-probability'} divides by it; take a noise above 0, and a window within "
             f"{first} to {steps - 1} at the most{', or velocity_kl' if kl else ''}"
+        )
+    # The last level but one is next to 0. So is the noise that leads there, where a sampler keeps the variance: a ratio
+    # weighs a change of the velocity several hundred times as much as a step before.
+    if algorithm.sampler in ("cps", "precise") and last > steps - 2 and (kl or not algorithm.normalised):
+        raise InputError(
+            f"algorithm: {algorithm.sampler!r} adds next to no noise at step {steps - 2} of {steps}, and "
+            f"{'latent_kl' if kl else 'its log-probability'} divides by its square; take a window within {first} to "
+            f"{steps - 2} at the most, or {'velocity_kl' if kl else 'GRPOGuard, which normalises ratios'}"
         )
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
 from lightning_modules.rollouts.policy import Policy
-from lightning_modules.samplers import ode, sde
+from lightning_modules.samplers import sde
+from lightning_modules.samplers.ode import Solver
 from lightning_modules.samplers.sde import Stochastic, Trajectory
 
 
@@ -29,15 +30,18 @@ def sample(
     stochastic: Stochastic | None,
     window: tuple[int, int],
     seed: int,
+    solver: Solver | None = None,
 ) -> Trajectory:
-    """Pictures of each prompt, from noise that is a function of (seed, epoch, sample, member, step) alone."""
+    """Pictures of each prompt, from noise that is a function of (seed, epoch, sample, member, step) alone.
+
+    `solver` takes the steps that are not stochastic; None is "dpm2" where none is, "euler" beside stochastic ones.
+    """
     epochs, ids = repeated(batch, group_size)
 
     def noise(purpose: str) -> Tensor:
         return draw(torch.randn, shape, seed, purpose, epochs, ids).to(policy.sequence.device)
 
-    start = noise("rollout")
-    if stochastic is None:
-        x0 = ode.dpm_solver_2(policy, start, sigmas)
-        return Trajectory(sigmas, (0, 0), start[None], start.new_zeros(0, len(start)), x0)
-    return sde.sample(policy, start, sigmas, stochastic, window, lambda i: noise(f"rollout step {i}"))
+    if solver is None:
+        solver = "dpm2" if stochastic is None else "euler"
+    steps = lambda i: noise(f"rollout step {i}")  # noqa: E731
+    return sde.sample(policy, noise("rollout"), sigmas, stochastic, window, steps, solver)

@@ -37,6 +37,7 @@ class Rollout:
         trajectory: of B pictures.
         rewards: (P, G) each, by name.
         negative: text embeddings (P, T, d) and (P, p) of the negative branch, or None.
+        sampler: what its stochastic steps were sampled by, as text; empty where all steps follow the ODE.
 
     >>> Rollout.load(path).trajectory.x0.shape  # doctest: +SKIP
     torch.Size([48, 4, 16, 16])
@@ -52,6 +53,7 @@ class Rollout:
     trajectory: Trajectory
     rewards: dict[str, Float[Tensor, "p g"]] = field(default_factory=dict)
     negative: tuple[Float[Tensor, "p t d"], Float[Tensor, "p q"]] | None = None
+    sampler: str = ""
 
     def __len__(self) -> int:
         """Pictures."""
@@ -79,7 +81,8 @@ class Rollout:
 
     def facts(self) -> dict[str, Any]:
         """All that is no tensor, as plain data."""
-        return {"task": self.task, "window": list(self.trajectory.window), **{n: getattr(self, n) for n in LISTS}}
+        whole = {"task": self.task, "sampler": self.sampler, "window": list(self.trajectory.window)}
+        return whole | {name: getattr(self, name) for name in LISTS}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Rollout:
@@ -94,6 +97,7 @@ class Rollout:
             trajectory=Trajectory(tensors["sigmas"], window, *(tensors[n] for n in ("states", "log_probs", "x0"))),
             rewards={name.removeprefix(REWARD): t for name, t in tensors.items() if name.startswith(REWARD)},
             negative=(tensors[NEGATIVE[0]], tensors[NEGATIVE[1]]) if NEGATIVE[0] in tensors else None,
+            sampler=facts["sampler"],
         )
 
     def to(self, device: torch.device | str) -> Rollout:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from lightning_modules.rollouts.chains import Answer
+from lightning_modules.rollouts.chains import Answer, moved
 
 
 @dataclass
@@ -56,5 +56,5 @@ class SampleBuffer:
         self.answers = kept[-self.capacity :]
 
     def state(self) -> list[dict[str, Any]]:
-        """For checkpoints."""
-        return [answer.state() for answer in self.answers]
+        """For checkpoints, on the CPU."""
+        return [answer.state() for answer in moved(self.answers, "cpu")]

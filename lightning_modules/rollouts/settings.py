@@ -11,6 +11,7 @@ from data_pipeline.errors import InputError
 from lightning_modules.losses.forward_process import velocity_divergence
 from lightning_modules.rollouts.algorithms import Algorithm, Point, RatioBased
 from lightning_modules.rollouts.records import Rollout
+from lightning_modules.samplers.ode import Solver
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Sampling:
         num_inference_steps: steps of the sampler.
         guidance_scale: of classifier-free guidance, in sampling and in training; 1 needs half the evaluations.
         negative_prompt: the text of its negative branch.
+        solver: of steps that are not stochastic, "euler" or "dpm2" (DPM-Solver++(2M)); None is "dpm2" where no step is
+            stochastic, "euler" beside stochastic ones, as published.
     """
 
     group_size: int = 12
@@ -33,6 +36,7 @@ class Sampling:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     negative_prompt: str = ""
+    solver: Solver | None = None
 
     def __post_init__(self) -> None:
         if self.group_size < 2 or min(self.groups, self.micro_groups, self.num_inference_steps) < 1:
@@ -47,7 +51,8 @@ class Regularisation:
         velocity_kl: weight of the mean squared difference of its velocity from the reference's.
         latent_kl: weight of the KL divergence of its stochastic steps from the reference's, as Flow-GRPO has it.
         reference: checkpoint folder of that reference, such as the model that an earlier stage began with; None takes
-            the weights that training starts from, which a stage's export holds merged. Adapters have no other.
+            the weights that training starts from, which a stage's export holds merged. Beside adapters it needs the
+            memory of another transformer.
         ema_kl: weight of the difference of its velocity from that of its own moving average.
         ema_decay: of that average.
         supervised: weight of the flow-matching loss on the prompts' own targets.

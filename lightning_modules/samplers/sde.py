@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_modules.samplers.ode import Velocity, euler_step
+from lightning_modules.samplers import ode
+from lightning_modules.samplers.ode import Solver, Velocity
 
 Unit = Literal["gaussian", "squared"]
 
@@ -152,22 +153,30 @@ def sample(
     velocity: Velocity,
     x: Float[Tensor, "b ..."],
     sigmas: Float[Tensor, " n"],
-    sampler: Stochastic,
+    sampler: Stochastic | None,
     window: tuple[int, int],
     noise: Callable[[int], Tensor],
+    solver: Solver = "euler",
 ) -> Trajectory:
-    """Walks `sigmas`: stochastic steps within the window, Euler steps outside; `noise(i)` is step i's (B, ...)."""
-    x = x.float()
+    """Walks `sigmas`: stochastic steps within the window, a solver's outside; `noise(i)` is step i's (B, ...).
+
+    Without a window, which needs no sampler, this is the ODE. A multistep solver begins anew behind the window: what a
+    stochastic step predicted is of another path.
+    """
+    x, levels = x.float(), sigmas.tolist()
     states, log_probs = [x], []
-    for i in range(len(sigmas) - 1):
+    before: Tensor | None = None
+    for i in range(len(levels) - 1):
         v = velocity(x, sigmas[i].expand(len(x)).to(x.device)).float()
         if window[0] <= i < window[1]:
+            if sampler is None:
+                raise ValueError(f"stochastic steps {window} need a sampler")
             mean, c = step(v, x, sigmas, sampler, i)
-            x = mean + c.std * noise(i).to(x)
+            x, before = mean + c.std * noise(i).to(x), None
             log_probs.append(log_prob(c, sampler.unit, x, mean))
             states.append(x)
         else:
-            x = euler_step(x, v, sigmas[i].item(), sigmas[i + 1].item())
+            x, before = ode.step(solver, x, v, levels, i, before)
             if i < window[0]:
                 states = [x]
     chances = torch.stack(log_probs) if log_probs else x.new_zeros(0, len(x))

@@ -32,6 +32,7 @@ from lightning_modules.rollouts.algorithms import AWM, GRPO, Algorithm, Diffusio
 from lightning_modules.rollouts.policy import Policy
 from lightning_modules.rollouts.records import Rollout
 from lightning_modules.rollouts.settings import Regularisation, Sampling
+from lightning_modules.samplers import ode
 from lightning_modules.samplers.sde import SAMPLERS, FlowSDE
 from lightning_modules.schedule import AdamW
 
@@ -41,10 +42,11 @@ RATIO_BASED = [
     GRPO(window=WINDOW),
     GRPO("flow", unit="gaussian", window=WINDOW),
     GRPO("dance", unit="gaussian", window=WINDOW),
-    GRPO("precise", unit="gaussian", window=WINDOW),
+    GRPO("precise", unit="gaussian", window=Window(2, (0, 2))),
     FlowDPPO(window=WINDOW),
     FlowDPPO("cps", unit="squared", window=WINDOW),
     GRPOGuard(window=WINDOW),
+    GRPOGuard("precise", window=WINDOW),
 ]
 
 
@@ -322,6 +324,26 @@ def test_rollouts_survive_saving_selecting_and_joining(folder: str, tmp_path: Pa
     assert again.keys == rollout.keys and loaded.select([3]).keys == ["k0-3"]
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "solver", "wanted"),
+    [
+        (DiffusionNFT(), None, "dpm2"),
+        (DiffusionNFT(), "euler", "euler"),
+        (GRPO(window=Window(1, (0, 2))), None, "euler"),
+        (GRPO(window=Window(1, (0, 2))), "dpm2", "dpm2"),
+    ],
+)
+def test_a_config_chooses_what_takes_the_steps_that_are_not_stochastic(
+    folder: str, algorithm, solver: ode.Solver | None, wanted: ode.Solver, tmp_path: Path
+) -> None:
+    module = made(folder, algorithm, sampling=replace(SAMPLING, solver=solver))
+    rollout = sampled(module, prompts(0, count=2), tmp_path)
+    t = rollout.trajectory
+    with torch.no_grad():
+        x0 = ode.walk(wanted, Policy.of(module.transformer, rollout, 1.0), t.states[-1], t.sigmas[t.window[1] :])
+    assert torch.equal(t.x0, x0)
+
+
 def test_members_of_a_group_differ_and_do_not_depend_on_what_is_beside_them(folder: str, tmp_path: Path) -> None:
     module = made(folder, GRPO(window=WINDOW))
     both = sampled(module, prompts(0, count=2), tmp_path).trajectory
@@ -463,7 +485,7 @@ def test_a_config_can_name_every_algorithm(name: str) -> None:
         (lambda: Window(4, (0, 3)), "do not fit"),
         (lambda: GRPO("flow"), "log-probabilities in 'gaussian'"),
         (lambda: GRPO("cps", unit="gaussian"), "log-probabilities in 'squared'"),
-        (lambda: GRPOGuard("precise"), "defined for"),
+        (lambda: GRPOGuard("cps", unit="squared"), "defined for"),
         (lambda: Regularisation(old_rate=0.0), "old_rate"),
         (lambda: Regularisation(ema_kl=-1.0), "at least 0"),
         (lambda: ReinforceModule("x", {}, AWM(), regularisation=Regularisation(latent_kl=0.1)), "which AWM has not"),

@@ -210,6 +210,46 @@ def test_errors_fall_at_the_order_of_the_solver(walk) -> None:
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
 
 
+@pytest.mark.parametrize(("solver", "walk"), [("euler", ode.euler), ("dpm2", ode.dpm_solver_2)])
+@pytest.mark.parametrize("sampler", [None, CPS()], ids=["no sampler", "cps"])
+def test_without_a_window_sampling_is_the_ode_bit_for_bit(solver: ode.Solver, walk, sampler) -> None:
+    sigmas, x = schedule(8, 3.0), noise()(0)
+    exact = lambda x, s: velocity(x, s).float()  # noqa: E731
+    found = sde.sample(exact, x, sigmas, sampler, (0, 0), noise(), solver)
+    assert torch.equal(found.x0, walk(exact, x, sigmas)) and torch.equal(found.states, x[None])
+    assert found.log_probs.shape == (0, 4)
+
+
+def test_a_window_needs_a_sampler() -> None:
+    with pytest.raises(ValueError, match="need a sampler"):
+        sde.sample(mixture_velocity, noise()(0), schedule(4), None, (0, 1), noise())
+
+
+def test_a_solver_of_second_order_begins_anew_behind_a_window() -> None:
+    """Its steps before and after are those of the ODE on each part by itself."""
+    sigmas = torch.linspace(0.9, 0.1, 11)
+    exact = lambda x, s: velocity(x, s).float()  # noqa: E731
+    found = sde.sample(exact, noise()(0), sigmas, Precise(), (4, 6), noise(3), "dpm2")
+    assert torch.equal(found.states[0], ode.dpm_solver_2(exact, noise()(0), sigmas[:5]))
+    assert torch.equal(found.x0, ode.dpm_solver_2(exact, found.states[-1], sigmas[6:]))
+    for i in (4, 5):
+        _, mean, c = sde.replay(exact(found.states[i - 4], sigmas[i].expand(4)), found, Precise(), i)
+        assert torch.equal(found.states[i - 3], mean + c.std * noise(3)(i))
+
+
+def test_the_error_of_a_mixtures_pictures_falls_at_the_order_of_the_solver() -> None:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    errors = {}
+    for solver in ("euler", "dpm2"):
+        walked = [
+            sde.sample(mixture_velocity, x, levels, None, (0, 0), noise(), solver).x0
+            for levels in (torch.linspace(0.95, 0.05, steps + 1, dtype=torch.float64) for steps in (40, 80, 1280))
+        ]
+        errors[solver] = [(each - walked[-1]).abs().max().item() for each in walked[:2]]
+    assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2, rel=0.15)
+    assert errors["dpm2"][0] / errors["dpm2"][1] == pytest.approx(4, rel=0.25)
+
+
 @pytest.mark.parametrize("sampler", EVERY, ids=lambda s: type(s).__name__)
 def test_a_replayed_log_probability_is_the_recorded_one_bit_for_bit(sampler: sde.Stochastic) -> None:
     net = torch.nn.Linear(6, 6)

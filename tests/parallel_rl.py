@@ -1,0 +1,99 @@
+"""Reinforcement on several processes that is stopped while rollouts wait for an update; `parallel.py` runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chains
+import lightning as L
+import rl
+import torch
+from micro import Brightness, built
+from torch.utils.data import DataLoader
+
+from callbacks.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.rewards.weighted import Weighted
+from lightning_modules.rollouts.chain_algorithms import TokenGRPO
+from lightning_modules.rollouts.sample_buffer import SampleBuffer
+from lightning_modules.rollouts.settings import Regularisation
+
+BATCHES, UPDATES = 8, 3
+STOPPED = {"pictures": 7, "answers": 5}  # batches, of which the last waits for another
+
+
+class SaveAfter(L.Callback):
+    """Saves a checkpoint after so many batches, wherever the updates are."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        self.batches -= 1
+        if not self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def pictures() -> tuple[L.LightningModule, list[Any]]:
+    """Two batches an update and rank, all different; captions hold the policy on pictures of each rank's own."""
+    rank = int(os.environ["RANK"])
+    settings = {"sampling": replace(rl.SAMPLING, groups=8), "regularisation": Regularisation(anchor=1.0, old_rate=0.5)}
+    module = rl.made(os.environ.get("MICRO_FOLDER") or str(built()), **settings)
+    module.rewards = {"bright": Weighted(Brightness(), tasks=["edit"])}
+    tasks = ["text_to_image" if i in (0, 4) else "edit" for i in range(BATCHES)]
+    return module, [rl.prompts(2 * i + rank, task, 2) for i, task in enumerate(tasks)]
+
+
+def answers() -> tuple[L.LightningModule, list[Any]]:
+    """Answers of which a buffer keeps some; groups that teach nothing are left out, so that ranks differ."""
+    rank = int(os.environ["RANK"])
+    sampling = replace(chains.SAMPLING, groups=8)
+    module = chains.grpo(sampling=sampling, buffer=SampleBuffer(share=0.25), algorithm=TokenGRPO(kl=0.1))
+    return module, [chains.asked(2 * i + rank) for i in range(2 * BATCHES)]
+
+
+def trained(module: L.LightningModule, batches: Sequence[Any], folder: Path, callbacks: list[L.Callback]) -> None:
+    """Trains on all ranks; without a callback that saves, from where another run saved."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy="ddp",
+        devices=int(os.environ["WORLD_SIZE"]),
+        max_steps=UPDATES,
+        max_epochs=-1,
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=callbacks,
+    )
+    resume = None if callbacks else folder / "stopped.ckpt"
+    trainer.fit(module, DataLoader(rl.Stream(batches), batch_size=None), ckpt_path=resume)
+
+
+def state(module: L.LightningModule) -> dict[str, Any]:
+    """What two runs have alike if they are one: a hash of all that is trained, and this rank's counts."""
+    digest = hashlib.sha256()
+    for p in module.parameters():
+        digest.update(p.detach().numpy().tobytes())
+    names = ("evaluations", "pictures", "trained", "asked", "updates", "idle")
+    return {"weights": digest.hexdigest()} | {name: getattr(module, name, None) for name in names}
+
+
+def stopped(output: Path, name: str) -> dict[str, Any]:
+    """The state of a whole run, of one that went on where it was stopped, and what each rank had waiting there."""
+    made = {"pictures": pictures, "answers": answers}[name]
+    folder = output / name
+    module, batches = made()
+    trained(module, batches, folder, [SaveAfter(STOPPED[name], folder / "stopped.ckpt")])
+    again, _ = made()
+    trained(again, batches[STOPPED[name] :], folder, [])
+    saved = torch.load(folder / "stopped.ckpt", weights_only=True)["reinforce" if name == "pictures" else "grpo"]
+    held = [{what: len(each.get(what) or ()) for what in ("waiting", "buffer", "anchor")} for each in saved["devices"]]
+    keys = [str(each["waiting"])[:2000] for each in saved["devices"]]
+    return {"whole": state(module), "resumed": state(again), "held": held, "alike": keys[0] == keys[1]}
