@@ -18,7 +18,8 @@ SHOWN = ("reward/", "pictures/", "rollouts/", "train/ratio", "train/clipped", "t
 
 class Dashboard(Callback):
     """Draws rewards, figures of the pictures themselves, ratios and shares of groups, batch by batch, to
-    <log_dir>/samples/dashboard.png and to TensorBoard.
+    <log_dir>/samples/dashboard.png and to TensorBoard. Ratios are drawn of each stochastic step beside their average; a
+    step that an update did not take stays where it was.
 
     Args:
         every_n_steps: optimizer steps between two drawings; it is drawn at the end too.

@@ -258,7 +258,8 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         found, figures = judged(scored, self.weights, self.advantages)
         for name, figure in figures.items():
             self.log(name, figure, prog_bar=name in ("rollouts/useful", f"reward/{batch.task}"), batch_size=1)
-        self.recording.write(found, self.batches, self.trainer.global_step, self.global_rank)
+        if self.recording.save_to is not None:
+            self.recording.write(found, self.batches, self.trainer.global_step, self.global_rank)
         return found
 
     def replay(self, batch: ImageBatch) -> list[Rollout]:

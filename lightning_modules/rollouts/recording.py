@@ -63,8 +63,7 @@ class Recording:
 
     def write(self, rollouts: Sequence[Rollout], batch: int, update: int, rank: int) -> None:
         """Saves a batch's rollouts, in place of those of a run that was stopped behind its last checkpoint."""
-        if self.save_to is None:
-            return
+        assert self.save_to is not None
         folder = Path(self.save_to)
         folder.mkdir(parents=True, exist_ok=True)
         for path in of_batch(folder, batch, rank):
