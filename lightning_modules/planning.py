@@ -57,6 +57,7 @@ class Run:
         batch_size, batch_tokens, size_multiple: as the data has them.
         ema: whether an average is kept.
         keep: checkpoints that stay.
+        cached: whether the data keeps autoencoder moments.
     """
 
     module: Planned
@@ -68,6 +69,7 @@ class Run:
     size_multiple: int
     ema: bool
     keep: int
+    cached: bool = False
 
     @classmethod
     def of(cls, model: Any, data: Any, trainer: Mapping[str, Any]) -> Self:
@@ -80,7 +82,7 @@ class Run:
             return cls(model, trainer, 0, {"conversations": 1.0}, data.batch_size, None, 1, ema, keep)
         ratio = data.ratio or dict.fromkeys(("text_to_image", "edit"), 1.0)
         sizes = max(data.sizes.values()), ratio, data.batch_size, data.batch_tokens, data.size_multiple
-        return cls(model, trainer, *sizes, ema, keep)
+        return cls(model, trainer, *sizes, ema, keep, data.cache is not None)
 
     @property
     def devices(self) -> int:
@@ -194,6 +196,11 @@ class Plan:
         return sum(self.states.values()) + max([*self.activations.values(), *self.needs.meanwhile.values()])
 
     @property
+    def unasked(self) -> float:
+        """Bytes of `peak` that are not there while nothing asks for what they are."""
+        return sum(part.bytes for part in self.needs.parts if part.name in self.needs.asked)
+
+    @property
     def step_samples(self) -> float:
         """Samples of an optimiser step, of all devices."""
         shares = sum(self.run.ratio[name] for name in self.loads)
@@ -244,6 +251,9 @@ class Plan:
             yield f"  {name:28}{size / GIB:8.2f}   instead, while nothing is trained"
         fits = "fits" if self.peak < machine.memory * GIB else "does NOT fit: smaller batches, or recomputation"
         yield f"  {'peak, expected':28}{self.peak / GIB:8.2f}   {fits} in {machine.memory:g} GiB"
+        if self.needs.asked:
+            without = f"without {' and '.join(self.needs.asked)}, while nothing asks for them"
+            yield f"  {'peak, caches full':28}{(self.peak - self.unasked) / GIB:8.2f}   {without}"
         yield from self.speed()
         yield "disk, GiB"
         yield f"  {'a checkpoint':28}{self.checkpoint_bytes / GIB:8.2f}   {run.keep} stay, one more while it is written"

@@ -167,6 +167,17 @@ def test_bytes_of_states_are_exact(compute: Compute, lora: Lora | None, tmp_path
     assert not idle and plan.states == found
 
 
+def test_encoders_that_nothing_asks_for_are_counted_apart(tmp_path: Path) -> None:
+    """As a run with full caches holds them: see test_encodings."""
+    module = KontextModule(str(built()), text_cache=str(tmp_path / "texts"))
+    plan, plain = Plan(run(module, cached=True)), Plan(run(KontextModule(str(built()))))
+    parts = plain.states["text encoders"] + plain.states["autoencoder"]
+    assert plan.peak == plain.peak and (plan.unasked, plain.unasked) == (parts, 0)
+    [line] = [line for line in plan.lines() if "peak, caches full" in line]
+    assert line.split("peak, caches full")[1].split()[0] == f"{(plan.peak - parts) / GIB:.2f}"
+    assert "without text encoders and autoencoder" in line and not any("caches full" in each for each in plain.lines())
+
+
 def test_a_run_on_more_devices_is_faster_and_sharded_states_are_smaller() -> None:
     class ShardedStrategy:
         class_path = "lightning_modules.strategies.ShardedStrategy"
