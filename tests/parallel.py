@@ -7,6 +7,7 @@ Writes OUTPUT/<variant>-<rank>.json: the losses of each batch, and a hash of the
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -17,14 +18,17 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch._dynamo
 from micro import built
 from rl import Stream, prompts
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from callbacks import EMA, Checkpoint, Export
 from callbacks.checkpoint_io import AtomicCheckpointIO
 from data_pipeline.batches import ImageBatch
 from lightning_modules.kontext import KontextModule
+from lightning_modules.networks.attention import KontextAttnProcessor
 from lightning_modules.networks.compute import Compute
 from lightning_modules.schedule import AdamW
 from lightning_modules.strategies import ShardedStrategy
@@ -46,12 +50,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled_ddp": {"strategy": "ddp", "compile": True},
     "compiled_sharded": {"strategy": "sharded", "compile": True},
     "compiled_cheap": {"compute": Compute(recompute="cheap"), "compile": True},
+    "both": {"both": True},
+    "both_accumulated": {"both": True, "accumulate": 2},
+    "both_ddp_accumulated": {"both": True, "accumulate": 2, "strategy": "ddp"},
+    "both_sharded_accumulated": {"both": True, "accumulate": 2, "strategy": "sharded"},
 }
 
 
-def batches(rank: int, world: int, accumulate: int) -> Iterator[ImageBatch]:
-    """This rank's micro-batches: at each step, all ranks' and micro-batches' rows together are the same samples."""
+def batches(rank: int, world: int, accumulate: int, both: bool = False) -> Iterator[ImageBatch]:
+    """This rank's micro-batches: at each step, all ranks' and micro-batches' rows together are the same samples; of
+    `both` tasks, in one micro-batch, or each task in one of two.
+    """
     for step in range(STEPS):
+        if both:
+            each = [prompts(2 * step + i, task, SAMPLES) for i, task in enumerate(("text_to_image", "edit"))]
+            each = each if accumulate == 2 else [joined(*each)]
+            for whole in each:
+                found = picked(whole, [*range(len(whole))[rank::world]])
+                yield replace(found, prompts=[str(i) for i in found.sample_ids.tolist()])
+            continue
         whole = prompts(step, "edit" if step % 2 else "text_to_image", SAMPLES)
         parts = world * accumulate
         for micro in range(accumulate):
@@ -60,10 +77,53 @@ def batches(rank: int, world: int, accumulate: int) -> Iterator[ImageBatch]:
             yield replace(found, prompts=[str(i) for i in found.sample_ids.tolist()])
 
 
+def joined(one: ImageBatch, other: ImageBatch) -> ImageBatch:
+    """A batch of both tasks, whose references are lists: of the first batch's samples none."""
+    assert one.references is None and other.references is not None
+    return replace(
+        one,
+        tasks=one.tasks + other.tasks,
+        keys=one.keys + other.keys,
+        sample_ids=torch.cat([one.sample_ids, other.sample_ids]),
+        epochs=torch.cat([one.epochs, other.epochs]),
+        prompts=one.prompts + other.prompts,
+        target=torch.cat([one.target, other.target]),
+        references=[[] for _ in one.keys] + [list(images) for images in other.references],
+    )
+
+
+class EagerCalls:
+    """Counts how often a block's attention runs as Python, which a compiled block's never does."""
+
+    def __init__(self) -> None:
+        self.count, self._plain = 0, KontextAttnProcessor.__call__
+
+    def __enter__(self) -> EagerCalls:
+        plain = self._plain
+
+        @functools.wraps(plain)  # whose parameters diffusers looks at
+        def noted(processor: KontextAttnProcessor, *args: Any, **options: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                self.count += 1
+            return plain(processor, *args, **options)
+
+        KontextAttnProcessor.__call__ = noted  # type: ignore[method-assign]
+        torch._dynamo.reset()
+        counters.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        KontextAttnProcessor.__call__ = self._plain  # type: ignore[method-assign]
+
+
 def picked(batch: ImageBatch, rows: list[int]) -> ImageBatch:
     """Rows of a batch, in any order."""
     parts = [batch.rows(i, i + 1) for i in rows]
-    references = None if batch.references is None else torch.cat([part.references for part in parts])
+    references: Any = None if batch.references is None else [part.references for part in parts]
+    if isinstance(batch.references, torch.Tensor):
+        references = torch.cat(references)
+    elif references is not None:
+        references = [row[0] for row in references]
     return replace(
         batch,
         tasks=[part.tasks[0] for part in parts],
@@ -82,6 +142,7 @@ def trained(
     accumulate: int = 1,
     compile: bool = False,
     compute: Compute = PLAIN,
+    both: bool = False,
     steps: int = STEPS,
     resume: Path | None = None,
 ) -> dict[str, Any]:
@@ -109,15 +170,18 @@ def trained(
         callbacks=[ema, Checkpoint(3), Export()],
     )
     start = 0 if resume is None else 3 * accumulate
-    mine = list(batches(rank, world, accumulate))[start:]
-    trainer.fit(module, DataLoader(Stream(mine), batch_size=None), ckpt_path=resume)
+    mine = list(batches(rank, world, accumulate, both))[start:]
+    with EagerCalls() as eager:
+        trainer.fit(module, DataLoader(Stream(mine), batch_size=None), ckpt_path=resume)
+    graphs = counters["stats"]["unique_graphs"]
     average = {key: value.tolist() for key, value in ema.state_dict()["shadow"].items() if "proj_out" in key}
     norm = float(module.gradient_norm())
     untrained = KontextModule(folder)
     untrained.configure_model()
     before = dict(untrained.transformer.named_parameters())["proj_out.weight"]
     moved = float((ema.state_dict()["shadow"]["transformer.proj_out.weight"] - before.detach()).abs().max())
-    return {"losses": losses, "average": average, "norm": norm, "moved": moved, "batches": [b.task for b in mine]}
+    ran = {"graphs": graphs, "eager": eager.count, "batches": [batch.task for batch in mine]}
+    return {"losses": losses, "average": average, "norm": norm, "moved": moved, **ran}
 
 
 def main(output: Path, names: list[str]) -> None:

@@ -65,7 +65,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, several ways."""
     output = tmp_path_factory.mktemp("parallel")
-    two_ranks(output, "ddp", "sharded", "sharded_accumulated", "sharded+resumed", "low_ddp", "low_sharded")
+    names = "ddp", "sharded", "sharded_accumulated", "sharded+resumed", "low_ddp", "low_sharded"
+    two_ranks(output, *names, "both_ddp_accumulated", "both_sharded_accumulated")
     return output
 
 
@@ -83,6 +84,20 @@ def test_batches_of_both_tasks_are_trained_on_and_clipped(plain: dict[str, Any])
 def test_accumulation_equals_a_big_batch(plain: dict[str, Any], tmp_path: Path) -> None:
     found = trained(tmp_path, "accumulated", **VARIANTS["accumulated"])["losses"]
     assert [(a + b) / 2 for a, b in zip(found[::2], found[1::2], strict=True)] == near(plain["losses"], EXACT)
+
+
+def test_a_step_of_both_tasks_is_the_same_in_one_batch_accumulated_and_on_two_ranks(
+    parallel: Path, tmp_path: Path
+) -> None:
+    """One micro-batch of captions and one of edits, or all in one batch whose references are lists."""
+    whole = trained(tmp_path, "both", **VARIANTS["both"])
+    found = trained(tmp_path, "both_accumulated", **VARIANTS["both_accumulated"])
+    assert set(whole["batches"]) == {"mixed"} and found["batches"] == ["text_to_image", "edit"] * STEPS
+    assert [(a + b) / 2 for a, b in zip(found["losses"][::2], found["losses"][1::2], strict=True)] == near(
+        whole["losses"], EXACT
+    )
+    for name in ("both_ddp_accumulated", "both_sharded_accumulated"):
+        assert losses(parallel, name, 2) == near(whole["losses"], EXACT)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +147,18 @@ def test_bfloat16_weights_with_masters_follow_float32(plain: dict[str, Any], tmp
     assert trained(tmp_path, "low", **VARIANTS["low"])["losses"] == near(plain["losses"], LOW)
 
 
+def assert_compiled(found: dict[str, Any], plain: dict[str, Any]) -> None:
+    """No block ran as Python, as all of an eager run do."""
+    assert found["graphs"] >= 2 and found["eager"] == 0
+    assert plain["graphs"] == 0 and plain["eager"] >= STEPS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled", "compiled_cheap"])
 def test_compiled_blocks_give_the_losses_of_eager_ones(name: str, plain: dict[str, Any], tmp_path: Path) -> None:
-    assert trained(tmp_path, name, **VARIANTS[name])["losses"] == near(plain["losses"], 1e-4)
+    found = trained(tmp_path, name, **VARIANTS[name])
+    assert found["losses"] == near(plain["losses"], 1e-4)
+    assert_compiled(found, plain)
 
 
 @pytest.mark.slow
@@ -143,3 +166,5 @@ def test_compiled_blocks_on_two_ranks(plain: dict[str, Any], tmp_path: Path) -> 
     two_ranks(tmp_path, "compiled_ddp", "compiled_sharded")
     for name in ("compiled_ddp", "compiled_sharded"):
         assert losses(tmp_path, name) == near(plain["losses"], 1e-4)
+        for rank in range(2):
+            assert_compiled(json.loads((tmp_path / f"{name}-{rank}.json").read_text()), plain)
