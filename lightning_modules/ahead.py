@@ -93,6 +93,7 @@ def of_run(made: Outline) -> Iterator[Finding]:
     """What a config's run needs."""
     data, trainer = made.datamodule, trainer_of(made)
     yield from preflight.requested_devices(trainer)
+    yield from preflight.portions(trainer)
     yield from preflight.true_precision(trainer)
     yield from preflight.cpu_precision(trainer)
     if hasattr(made.model, "sources"):

@@ -24,7 +24,7 @@ from data_pipeline.counters import draw
 from lightning_modules.networks.autoencoder import encode_moments, sample_latents
 from lightning_modules.networks.compute import Compute, Precision
 from lightning_modules.networks.loading import check_weights
-from lightning_modules.pipelines.kontext import FROZEN, TEXT_ENCODERS, KontextPipeline
+from lightning_modules.pipelines.kontext import FROZEN, TEXT_ENCODERS, TOKENIZERS, KontextPipeline
 from lightning_modules.pipelines.later import origin_of
 
 CHUNK = 8  # pictures, and on a GPU texts
@@ -204,7 +204,7 @@ class TextEncoder:
         if self.pipeline.origin is None:
             return None
         folder, settings = self.pipeline.origin
-        parts = [*TEXT_ENCODERS, *(part.replace("text_encoder", "tokenizer") for part in TEXT_ENCODERS)]
+        parts = [*TEXT_ENCODERS, *TOKENIZERS]
         lengths = (self.pipeline.tokenizer_max_length, self.pipeline.t5_tokens)
         return origin_of(folder, parts, f"{lengths} {settings}")
 

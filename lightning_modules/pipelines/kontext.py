@@ -26,6 +26,8 @@ from lightning_modules.networks.adapters import adapter_state, has_adapters
 from lightning_modules.networks.autoencoder import decode_latents, encode_moments, sample_latents
 from lightning_modules.networks.loading import (
     CheckpointError,
+    check_text_encoder,
+    check_tokenizer,
     check_weights,
     load_text_encoder,
     read_json,
@@ -50,6 +52,7 @@ TEXT_ENCODERS = {
     "text_encoder_2": CLIPTextModelWithProjection,
     "text_encoder_3": T5EncoderModel,
 }
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 FROZEN = (*TEXT_ENCODERS, "vae")
 OUTPUTS = ("pil", "np", "pt", "latent")
 Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
@@ -84,7 +87,7 @@ class KontextPipeline(LaterParts, StableDiffusion3Pipeline):
                     "train it with lightning_modules.connector.ConnectorModule (configs/joint.yaml) or reinforcement"
                 )
             require_parts(folder, ("transformer", "vae", "scheduler"))
-            for check in part_checks(folder):
+            for check in (*part_checks(folder), *text_checks(folder, later)):
                 check()
             all_parts = part_loaders(folder, text_dtype, kwargs.get("torch_dtype"))
             loaders = {part: load for part, load in all_parts.items() if part in later and part not in kwargs}
@@ -357,10 +360,21 @@ def part_loaders(
 def part_checks(folder: Path) -> list[Callable[[], object]]:
     """What is checked of a folder before anything of it is loaded; the transformer checks itself."""
     texts = [part for part in TEXT_ENCODERS if (folder / part).is_dir()]
+    words = [part for part in TOKENIZERS if (folder / part).is_dir()]
     return [
         partial(check_scheduler, folder / "scheduler"),
         partial(check_weights, AutoencoderKL, folder / "vae", {"AutoencoderKL"}),
         *(partial(stored_shapes, folder / part) for part in texts),
+        *(partial(check_tokenizer, folder / part) for part in words),
+    ]
+
+
+def text_checks(folder: Path, parts: Collection[str] = tuple(TEXT_ENCODERS)) -> list[Callable[[], object]]:
+    """What is checked of text encoders that are not loaded at once, which would tell."""
+    return [
+        partial(check_text_encoder, encoder, folder / part)
+        for part, encoder in TEXT_ENCODERS.items()
+        if part in parts and (folder / part).is_dir()
     ]
 
 

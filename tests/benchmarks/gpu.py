@@ -277,7 +277,7 @@ def measured(case: Case, cached: bool, compiled: bool, steps: int, pretrained: s
 def flops_of(case: Case, module: Any, factor: int, pictures: int) -> float:
     """Model FLOPs of a step of a transformer alone."""
     config, work = module.transformer.config, module.workload()
-    tokens = (1 + case.references) * (case.size // factor // config.patch_size) ** 2
+    tokens = float((1 + case.references) * (case.size // factor // config.patch_size) ** 2)
     frozen = 0.0 if module.lora is None else work.backward
     return pictures * passes_flops(config, tokens, module.pipeline().text_tokens, work.evaluations, frozen)
 
