@@ -20,6 +20,7 @@ from lightning_modules.folders import NotBuilt
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.planning import Machine, Plan, Run
 from lightning_modules.preflight import Finding
+from lightning_modules.rollouts.arithmetic import multiples
 
 COMMANDS = ("plan", "doctor")
 DRY_RUN = "--dry_run"
@@ -110,6 +111,16 @@ def of_run(made: Outline) -> Iterator[Finding]:
         return
     yield from preflight.disk(RUNS, sized.disk)
     yield from sizes(sized, data)
+    yield from shared(getattr(made.model, "sampling", None), sized.run.devices)
+
+
+def shared(sampling: Any, devices: int) -> Iterator[Finding]:
+    """Groups of reinforcement that the devices cannot learn from in equal numbers."""
+    groups, micro = getattr(sampling, "groups", None), getattr(sampling, "micro_groups", 1)
+    if groups is not None and groups % (devices * micro):
+        nearest = multiples(groups, devices * micro)
+        found = f"sampling.groups {groups} cannot be shared by {devices} devices, {micro} at a time"
+        yield Finding("BAD", "batch", f"{found}; nearest are groups {nearest}, or change trainer.devices")
 
 
 def sizes(sized: Plan, data: Any) -> Iterator[Finding]:

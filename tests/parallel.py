@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch._dynamo
 from micro import built
 from rl import Stream, prompts
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from callbacks import EMA, Checkpoint, Export
@@ -116,6 +117,27 @@ class EagerCalls:
         KontextAttnProcessor.__call__ = self._plain  # type: ignore[method-assign]
 
 
+class Held(L.Callback):
+    """Bytes of gradients before a step; those of weights and moments after."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.bytes["gradients"] = held(p.grad for p in pl_module.parameters())
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        states = trainer.optimizers[0].state.values()
+        self.bytes["optimiser"] = held(value for state in states for value in state.values())
+        self.bytes["transformer"] = held(pl_module.parameters())
+
+
+def held(tensors: Iterable[Any]) -> int:
+    """Bytes of tensors, or of this rank's shards of them."""
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors if tensor is not None]
+    return sum(tensor.nbytes for tensor in own)
+
+
 def picked(batch: ImageBatch, rows: list[int]) -> ImageBatch:
     """Rows of a batch, in any order."""
     parts = [batch.rows(i, i + 1) for i in rows]
@@ -153,7 +175,7 @@ def trained(
     module = KontextModule(folder, STEPS, 0, optimizer, compile=compile, compute=compute)
     losses: list[float] = []
     module.log = lambda name, value, **_: losses.append(float(value)) if name == "train/loss" else None
-    ema = EMA(0.5, warmup=False)
+    ema, own = EMA(0.5, warmup=False), Held()
     trainer = L.Trainer(
         accelerator="cpu",
         strategy=ShardedStrategy(world) if strategy == "sharded" else strategy,
@@ -167,20 +189,26 @@ def trained(
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[ema, Checkpoint(3), Export()],
+        callbacks=[ema, own, Checkpoint(3), Export()],
     )
     start = 0 if resume is None else 3 * accumulate
     mine = list(batches(rank, world, accumulate, both))[start:]
     with EagerCalls() as eager:
         trainer.fit(module, DataLoader(Stream(mine), batch_size=None), ckpt_path=resume)
     graphs = counters["stats"]["unique_graphs"]
+    bytes_of = {**own.bytes, "average (EMA)": held(ema.shadow.values())}
     average = {key: value.tolist() for key, value in ema.state_dict()["shadow"].items() if "proj_out" in key}
     norm = float(module.gradient_norm())
     untrained = KontextModule(folder)
     untrained.configure_model()
     before = dict(untrained.transformer.named_parameters())["proj_out.weight"]
     moved = float((ema.state_dict()["shadow"]["transformer.proj_out.weight"] - before.detach()).abs().max())
-    ran = {"graphs": graphs, "eager": eager.count, "batches": [batch.task for batch in mine]}
+    ran: dict[str, Any] = {
+        "bytes": bytes_of,
+        "graphs": graphs,
+        "eager": eager.count,
+        "batches": [batch.task for batch in mine],
+    }
     return {"losses": losses, "average": average, "norm": norm, "moved": moved, **ran}
 
 

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from micro import built
-from parallel import CLIP, STEPS, VARIANTS, trained
+from parallel import CLIP, PLAIN, STEPS, VARIANTS, trained
 
+from lightning_modules.kontext import KontextModule
 from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.planning import Plan, Run
+from lightning_modules.strategies import ShardedStrategy
 
 ROOT = Path(__file__).parents[1]
 EXACT, LOW = 2e-5, 5e-3  # relative: of float32, whose sums are taken in another order; of bfloat16
@@ -120,6 +123,18 @@ def test_all_ranks_have_one_norm_and_one_average(plain: dict[str, Any], parallel
             torch.testing.assert_close(
                 torch.tensor(ranks[0]["average"][key]), torch.tensor(value), rtol=1e-3, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded", "low_ddp", "low_sharded"])
+def test_a_device_holds_what_is_planned(name: str, parallel: Path) -> None:
+    """To the byte, on the first rank; the last one's shards are smaller where rows are left over."""
+    strategy = ShardedStrategy(2) if VARIANTS[name]["strategy"] == "sharded" else "ddp"
+    module = KontextModule(str(built()), compute=VARIANTS[name].get("compute", PLAIN))
+    sizes = {"ratio": {"edit": 1}, "batch_size": 2, "batch_tokens": None, "size_multiple": 32, "image_size": 32}
+    plan = Plan(Run(module, {"devices": 2, "max_steps": STEPS, "strategy": strategy}, ema=True, keep=2, **sizes))
+    first, last = (json.loads((parallel / f"{name}-{rank}.json").read_text())["bytes"] for rank in range(2))
+    assert first == {part: plan.states[part] for part in first} and len(first) == 4
+    assert all(last[part] <= first[part] for part in first)
 
 
 def test_a_sharded_run_resumes_exactly(parallel: Path) -> None:

@@ -12,6 +12,7 @@ from micro_r1v import part, question_shards
 
 from lightning_modules import ahead
 from lightning_modules.cli import main, outlined
+from lightning_modules.rollouts.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,12 @@ def test_doctor_names_missing_gpus(
     argv = ["--trainer.devices", "8", "--trainer.accelerator", "gpu"]
     assert main(["doctor", "-c", str(config), *argv]) == 1
     assert "BAD  devices" in capsys.readouterr().out
+
+
+def test_groups_that_devices_cannot_share_are_found() -> None:
+    [found] = ahead.shared(Sampling(groups=48, micro_groups=1), 7)
+    assert "groups 48 cannot be shared by 7 devices" in found.found and "nearest are groups 42 or 49" in found.found
+    assert not [*ahead.shared(Sampling(groups=48, micro_groups=2), 8)] and not [*ahead.shared(None, 7)]
 
 
 def test_a_dry_run_of_a_good_config_finds_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

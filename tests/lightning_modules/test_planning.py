@@ -21,7 +21,7 @@ from lightning_modules.networks.compute import Compute
 from lightning_modules.networks.footprint import Geometry, SavedTensors, outline, saved_bytes
 from lightning_modules.networks.kontext_transformer import KontextTransformer
 from lightning_modules.networks.published import SD35_MEDIUM
-from lightning_modules.planning import Machine, Plan, Run, largest_batch
+from lightning_modules.planning import Machine, Plan, Run, largest_batch, moments_bytes
 from lightning_modules.schedule import AdamW
 
 GIB = 2**30
@@ -194,11 +194,26 @@ def test_text_says_whether_it_fits() -> None:
     assert any("does NOT fit" in line for line in micro(memory=1e-3).lines())
 
 
-def test_eight_bit_moments_are_counted_as_torchao_makes_them() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bit_moments_are_counted_as_torchao_makes_them(dtype: torch.dtype) -> None:
+    """Whole blocks of 256, a rest, and too few numbers."""
     torchao = pytest.importorskip("torchao.optim", reason="torchao is optional (extra quant)")
-    parameter = torch.nn.Parameter(torch.randn(128, 64))
-    parameter.grad = torch.randn(128, 64)
-    optimizer = torchao.AdamW8bit([parameter])
-    optimizer.step()
+    shapes = [(128, 64), (65, 65), (4096,), (16, 16)]
+    parameters = [torch.nn.Parameter(torch.randn(*shape, dtype=dtype)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torchao.AdamW8bit(parameters)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    for parameter in parameters:
+        held = sum(bytes_of(value) for value in optimizer.state[parameter].values())
+        assert held == moments_bytes(parameter.numel(), 8, dtype == torch.bfloat16), parameter.shape
     plan = Plan(run(KontextModule(str(built()), optimizer=AdamW(bits=8))))
-    assert plan.optimiser_bytes < 3 * plan.trained
+    assert plan.states["optimiser"] == sum(moments_bytes(t.numel(), 8, False) for t in plan.moved)
+
+
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Of a tensor, or of those that one of torchao's consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes
+    return sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])

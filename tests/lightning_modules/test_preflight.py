@@ -15,7 +15,6 @@ from micro_r1v import part as r1v_part
 from lightning_modules import preflight
 from lightning_modules.preflight import Finding
 
-
 ON_GPU = {"accelerator": "gpu"}
 
 
