@@ -290,7 +290,7 @@ class Plan:
 
 
 def shard_of(tensor: Tensor, shards: int) -> int:
-    """Numbers of the largest shard: FSDP2 shares out the rows of the first dimension, the first devices get one more."""
+    """Numbers of the largest shard: FSDP2 shares out the rows of the first dimension, the first get one more."""
     return tensor.numel() if shards == 1 else -(-len(tensor) // shards) * (tensor.numel() // len(tensor))
 
 
