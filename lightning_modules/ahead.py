@@ -18,7 +18,7 @@ from lightning_modules import planning, preflight
 from lightning_modules.commands import RUNS, overridden, read_config
 from lightning_modules.folders import NotBuilt
 from lightning_modules.networks.loading import CheckpointError
-from lightning_modules.planning import Machine, Plan, Run
+from lightning_modules.planning import Machine, NotCounted, Plan, Run
 from lightning_modules.preflight import Finding
 from lightning_modules.rollouts.arithmetic import multiples
 
@@ -107,7 +107,7 @@ def of_run(made: Outline) -> Iterator[Finding]:
     try:
         sized = Plan(planned(made))
     except (InputError, CheckpointError) as error:
-        yield Finding("note" if isinstance(error, NotBuilt) else "BAD", "plan", str(error))
+        yield Finding("note" if isinstance(error, NotBuilt | NotCounted) else "BAD", "plan", str(error))
         return
     yield from preflight.disk(RUNS, sized.disk)
     yield from sizes(sized, data)

@@ -16,6 +16,10 @@ from lightning_modules.schedule import AdamW
 GIB = 2**30
 
 
+class NotCounted(InputError):
+    """A choice that can be trained, and whose needs `plan` cannot say."""
+
+
 class Planned(Protocol):
     """What a stage module offers to be planned, made and not configured."""
 

@@ -173,6 +173,17 @@ def test_every_stage_is_planned_looked_at_and_tried(
         capsys.readouterr()
 
 
+def test_a_tower_that_is_trained_is_a_note_and_no_reason_against_a_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged = {"class_path": "lightning_modules.edit_reward.EditRewardModule"}
+    judged["init_args"] = {"pretrained": str(tiny_vlm(tmp_path / "vlm"))}
+    path = changed(config, tmp_path / "tower.yaml", model=judged)
+    assert main(["plan", "-c", str(path)]) == 2
+    assert "this trains the tower too, which is possible" in capsys.readouterr().err
+    assert main(["fit", "-c", str(path), "--dry_run"]) == 0
+
+
 def test_a_stage_whose_models_are_not_here_is_planned_and_not_found_well(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
