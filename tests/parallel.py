@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "compiled_ddp": {"strategy": "ddp", "compile": True},
     "compiled_sharded": {"strategy": "sharded", "compile": True},
-    "compiled_cheap": {"compute": Compute(recompute="cheap"), "compile": True},
+    "compiled_cheap": {"strategy": "ddp", "compute": Compute(recompute="cheap"), "compile": True},
     "both": {"both": True},
     "both_accumulated": {"both": True, "accumulate": 2},
     "both_ddp_accumulated": {"both": True, "accumulate": 2, "strategy": "ddp"},
