@@ -28,8 +28,14 @@ fit: $(VENV)/.installed
 test: $(VENV)/.dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.dev $(VENV)/.quant
 	$(BIN)/python -m pytest -m slow --timeout 3000
+	PYTHONPATH=$(VENV)/quant $(BIN)/python -m pytest tests/lightning_modules -k "eight_bit or float8"
+
+# Beside the environment and not in it: diffusers imports torchao wherever it is, which then talks at each start.
+$(VENV)/.quant: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(VENV)/quant 'torchao>=0.18,<0.19'
+	touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

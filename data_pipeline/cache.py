@@ -34,6 +34,7 @@ ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<i8"), ("size", "<i
 ENTRIES, BYTES = 1024, 1 << 28  # of a tar, at most: what memory holds, and a killed process has to encode again
 KEPT = 64 << 20  # bytes of entries that stay in memory once they have been read
 TOGETHER = 64  # inputs that are loaded before they are encoded
+ABOUT = "encoder.json"
 READERS = 16  # threads that load them: decoding takes processors, and shards behind URLs waiting
 Features = dict[str, Tensor]
 
@@ -80,15 +81,23 @@ class FeatureStore:
         self._kept_bytes = 0
         self._changed = -1
 
+    @classmethod
+    def of(cls, root: Path | str, encoder: Encoder) -> FeatureStore:
+        """An encoder's store. Where the encoder can say what it is loaded from (`origin`) and has said so here before,
+        it is not loaded for its fingerprint, which takes all its weights."""
+        origin: str | None = getattr(encoder, "origin", None)
+        known = [] if origin is None else sorted(Path(root).glob(f"*/{origin}.origin"))
+        store = cls(root, fingerprint_of(known[0].parent) if known else encoder.fingerprint)
+        if origin is not None and not known:
+            atomic_write(store.folder / f"{origin}.origin", b"")
+        return store
+
     def _check(self) -> None:
-        about = self.folder / "encoder.json"
+        about = self.folder / ABOUT
         if not about.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(about, json.dumps({"fingerprint": self.fingerprint}).encode())
-        try:
-            found = json.loads(about.read_text())["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{about} is damaged; delete {self.folder}, it is filled again") from error
+        found = fingerprint_of(self.folder)
         if found != self.fingerprint:
             raise InputError(
                 f"the cache {self.folder} was filled by the encoder {found}, this run has {self.fingerprint}; give "
@@ -185,6 +194,14 @@ class FeatureStore:
         return {**self.__dict__, **empty}
 
 
+def fingerprint_of(folder: Path) -> str:
+    """The encoder's that filled a store."""
+    try:
+        return str(json.loads((folder / ABOUT).read_text())["fingerprint"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        raise InputError(f"{folder / ABOUT} is damaged; delete {folder}, it is filled again") from error
+
+
 def index_of(tar: Path) -> Path:
     """The table beside a tar of entries."""
     return tar.with_suffix(".npy")
@@ -259,7 +276,7 @@ def check_filled(store: FeatureStore, names: Iterable[str]) -> None:
             absent, first = absent + 1, first or name
     if not absent:
         return
-    abouts = sorted(store.folder.parent.glob("*/encoder.json"))
+    abouts = sorted(store.folder.parent.glob(f"*/{ABOUT}"))
     others = [about.parent.name for about in abouts if about.parent != store.folder]
     hint = f" (it holds those of other encoders: {', '.join(others)})" if others else ""
     raise InputError(

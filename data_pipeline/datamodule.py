@@ -183,7 +183,7 @@ class ShardDataModule(L.LightningDataModule):
             shards.build()
         self._load()
         if self.cache is not None and self.cache.fill != "lazy":
-            self._fill(FeatureStore(self.cache.folder, self._encoder().fingerprint), self.cache.fill == "ahead")
+            self._fill(FeatureStore.of(self.cache.folder, self._encoder()), self.cache.fill == "ahead")
 
     def _fill(self, store: FeatureStore, encode: bool) -> None:
         """Encodes what the cache lacks, on the device that trains, or refuses it."""
@@ -203,7 +203,7 @@ class ShardDataModule(L.LightningDataModule):
         """Reads the indexes and sorts out what can be trained on."""
         self._load()
         if self.cache is not None and stage == "fit":
-            self._store = FeatureStore(self.cache.folder, self._encoder().fingerprint)
+            self._store = FeatureStore.of(self.cache.folder, self._encoder())
 
     def teardown(self, stage: str) -> None:
         """Writes what a lazy cache has not written yet."""
@@ -289,7 +289,7 @@ class ShardDataModule(L.LightningDataModule):
         """The plan from where training stands, so that resuming needs no loader state and allows any worker count."""
         require = self.cache is not None and self.cache.fill == "never"
         if self.cache is not None and self.cache.fill == "lazy":
-            self._writer = self._encoder().store = FeatureStore(self.cache.folder, self._encoder().fingerprint)
+            self._writer = self._encoder().store = FeatureStore.of(self.cache.folder, self._encoder())
         dataset = PlannedDataset(
             self.indexes, "train", self._store, self.augmentation, self.verify, require, **self._served()
         )

@@ -75,7 +75,7 @@ class Encoding:
             if path:
                 settings = {"precision": self.text_precision} if path == self.texts else {}
                 encoder = named(path, self.pretrained, **settings)
-                store = FeatureStore(self.output, encoder.fingerprint)
+                store = FeatureStore.of(self.output, encoder)
                 encoder.to(device)
                 new = fill(store, encoder, items(), total)
                 lines.append(f"{path} on {device}: {new:,} new entries in {store.folder}")

@@ -21,8 +21,9 @@ from lightning_modules.commands import RUNS, overridden, read_config
 from lightning_modules.folders import NotBuilt
 from lightning_modules.networks.layout import LayoutError
 from lightning_modules.networks.loading import CheckpointError
-from lightning_modules.planning import Machine, Plan, Run
+from lightning_modules.planning import Machine, NotCounted, Plan, Run
 from lightning_modules.preflight import Finding
+from lightning_modules.rollouts.arithmetic import multiples
 
 COMMANDS = ("plan", "doctor")
 DRY_RUN = "--dry_run"
@@ -96,6 +97,7 @@ def of_run(made: Outline) -> Iterator[Finding]:
     """What a config's run needs."""
     data, trainer = made.datamodule, trainer_of(made)
     yield from preflight.requested_devices(trainer)
+    yield from preflight.portions(trainer)
     yield from preflight.true_precision(trainer)
     yield from preflight.cpu_precision(trainer)
     if hasattr(made.model, "sources"):
@@ -108,10 +110,20 @@ def of_run(made: Outline) -> Iterator[Finding]:
     try:
         sized = Plan(planned(made))
     except (InputError, CheckpointError) as error:
-        yield Finding("note" if isinstance(error, NotBuilt) else "BAD", "plan", str(error))
+        yield Finding("note" if isinstance(error, NotBuilt | NotCounted) else "BAD", "plan", str(error))
         return
     yield from preflight.disk(RUNS, sized.disk)
     yield from sizes(sized, data)
+    yield from shared(getattr(made.model, "sampling", None), sized.run.devices)
+
+
+def shared(sampling: Any, devices: int) -> Iterator[Finding]:
+    """Groups of reinforcement that the devices cannot learn from in equal numbers."""
+    groups, micro = getattr(sampling, "groups", None), getattr(sampling, "micro_groups", 1)
+    if groups is not None and groups % (devices * micro):
+        nearest = multiples(groups, devices * micro)
+        found = f"sampling.groups {groups} cannot be shared by {devices} devices, {micro} at a time"
+        yield Finding("BAD", "batch", f"{found}; nearest are groups {nearest}, or change trainer.devices")
 
 
 def sizes(sized: Plan, data: Any) -> Iterator[Finding]:

@@ -45,7 +45,8 @@ class CLI(LightningCLI):
         """A run that is resumed goes on by its own config, or is refused before anything of it is touched."""
         if self.subcommand == "fit":
             trainer = vars(self.config["fit"]["trainer"])
-            for finding in (*preflight.requested_devices(trainer), *preflight.true_precision(trainer)):
+            checks = preflight.requested_devices, preflight.portions, preflight.true_precision
+            for finding in (found for check in checks for found in check(trainer)):
                 raise InputError(finding.found)
             for finding in preflight.cpu_precision(trainer):
                 logger.warning(finding.found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.sharding import full_state, load_sharded
 from lightning_modules.pipelines import KontextPipeline
 from lightning_modules.pipelines.encoders import LatentEncoder
+from lightning_modules.pipelines.kontext import FROZEN
 from lightning_modules.pipelines.prompts import PromptCache
 from lightning_modules.planning import Run
 from lightning_modules.samplers import path, timesteps
@@ -99,7 +100,8 @@ def check_tasks(name: str, by_task: Mapping[str, float]) -> None:
 
 
 class KontextModule(GradientHooks, L.LightningModule):
-    """Trains the transformer of a checkpoint folder; the autoencoder and the text encoders stay frozen.
+    """Trains the transformer of a checkpoint folder; the autoencoder and the text encoders stay frozen, and are loaded
+    where something is to be encoded that no cache has, or decoded.
 
     Args:
         pretrained: checkpoint folder in the diffusers layout, or "pocket", which is built on first use.
@@ -159,10 +161,11 @@ class KontextModule(GradientHooks, L.LightningModule):
                 raise InputError("lora: adapters are small; train them with strategy ddp, not sharded")
             mesh = self.device_mesh["data_parallel"]
             sharded = {"transformer": load_sharded(folder, mesh, self.compute, self.trainer.strategy.root_device)}
-        self._pipeline = KontextPipeline.from_pretrained(folder, text_dtype=self.compute.frozen_dtype, **sharded)
+        dtype = self.compute.frozen_dtype
+        self._pipeline = KontextPipeline.from_pretrained(folder, text_dtype=dtype, later=FROZEN, **sharded)
         if self.max_sequence_length is not None:
             self._pipeline.limit_t5(self.max_sequence_length)
-        self._encoder = LatentEncoder(self._pipeline.vae)
+        self._encoder = LatentEncoder.of(self._pipeline)
         self._prompts = PromptCache(self._pipeline, root=self.text_cache)
         self.transformer = self._pipeline.transformer
         self.transformer.requires_grad_(True).train()
@@ -302,7 +305,8 @@ class KontextModule(GradientHooks, L.LightningModule):
 
     def needs(self, run: Run) -> Needs:
         """What a run holds and does, for plan."""
-        return image_needs(run, self)
+        caches = {"text encoders": self.text_cache is not None, "autoencoder": run.cached}
+        return replace(image_needs(run, self), asked=tuple(name for name, kept in caches.items() if kept))
 
     def sources(self) -> dict[str, str]:
         """Folders, and what they must be, for doctor."""

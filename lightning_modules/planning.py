@@ -16,6 +16,10 @@ from lightning_modules.schedule import AdamW
 GIB = 2**30
 
 
+class NotCounted(InputError):
+    """A choice that can be trained, and whose needs `plan` cannot say."""
+
+
 class Planned(Protocol):
     """What a stage module offers to be planned, made and not configured."""
 
@@ -57,6 +61,7 @@ class Run:
         batch_size, batch_tokens, size_multiple: as the data has them.
         ema: whether an average is kept.
         keep: checkpoints that stay.
+        cached: whether the data keeps autoencoder moments.
     """
 
     module: Planned
@@ -68,6 +73,7 @@ class Run:
     size_multiple: int
     ema: bool
     keep: int
+    cached: bool = False
 
     @classmethod
     def of(cls, model: Any, data: Any, trainer: Mapping[str, Any]) -> Self:
@@ -80,7 +86,7 @@ class Run:
             return cls(model, trainer, 0, {"conversations": 1.0}, data.batch_size, data.batch_tokens, 1, ema, keep)
         ratio = data.ratio or dict.fromkeys(("text_to_image", "edit"), 1.0)
         sizes = max(data.sizes.values()), ratio, data.batch_size, data.batch_tokens, data.size_multiple
-        return cls(model, trainer, *sizes, ema, keep)
+        return cls(model, trainer, *sizes, ema, keep, data.cache is not None)
 
     @property
     def devices(self) -> int:
@@ -144,32 +150,45 @@ class Plan:
     @cached_property
     def states(self) -> dict[str, float]:
         """Bytes that are there all the time, by what they are for."""
-        shards = self.run.devices if self.run.sharded else 1
         found: dict[str, float] = {}
         gradients = 0.0
         for part in self.needs.parts:
-            spread = shards > 1 and bool(part.trained)
-            found[part.name] = part.numbers * 4 / shards if spread else part.bytes
-            gradients += sum(t.numel() * 4 / shards if spread else t.nbytes for t in part.trained)
+            spread = self.shards > 1 and bool(part.trained)
+            own = sum(4 * shard_of(t, self.shards) for t in part.tensors)  # of float32, and so are their gradients
+            found[part.name] = own if spread else part.bytes
+            gradients += sum(4 * shard_of(t, self.shards) if spread else t.nbytes for t in part.trained)
         every = sum(part.bytes for part in self.needs.parts if part.trained)
         copied = sum(tensor.nbytes for part in self.needs.parts for tensor in part.trained)
         found |= {
             "gradients": gradients,
             "DDP's buckets": gradients if self.run.buckets else 0.0,
-            "optimiser": self.optimiser_bytes / shards,
-            "average (EMA)": self.trained * 4 / shards if self.run.ema else 0,
+            "optimiser": self.moments(self.shards),
+            "average (EMA)": 4 * sum(shard_of(t, self.shards) for t in self.moved) if self.run.ema else 0,
             "other policies": self.needs.copies * copied,
             "gathered block": every / self.needs.blocks * 2 if self.run.sharded else 0,
             **self.needs.other,
         }
         return {name: size for name, size in found.items() if size}
 
+    @property
+    def shards(self) -> int:
+        """Devices that share a weight."""
+        return self.run.devices if self.run.sharded else 1
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """Tensors that the optimiser moves."""
+        return [tensor for part in self.needs.parts for tensor in part.trained]
+
     @cached_property
     def optimiser_bytes(self) -> int:
-        """Of AdamW's moments, step counters and float32 masters."""
-        bits, sharded = self.run.module.optimizer_settings.bits, self.run.sharded
-        every = (tensor for part in self.needs.parts for tensor in part.trained)
-        return sum(moments_bytes(t, bits, t.itemsize == 2 and not sharded) for t in every)
+        """Of the optimiser's whole state, which a checkpoint holds."""
+        return self.moments(1)
+
+    def moments(self, shards: int) -> int:
+        """Bytes of AdamW's moments, step counters and float32 masters of a device that holds one of so many shards."""
+        bits, masters = self.run.module.optimizer_settings.bits, not self.run.sharded
+        return sum(moments_bytes(shard_of(t, shards), bits, t.itemsize == 2 and masters) for t in self.moved)
 
     @cached_property
     def kept(self) -> dict[str, tuple[float, float]]:
@@ -192,6 +211,11 @@ class Plan:
     def peak(self) -> float:
         """Bytes at the end of a forward pass of the largest batch, or of what goes on between if that is more."""
         return sum(self.states.values()) + max([*self.activations.values(), *self.needs.meanwhile.values()])
+
+    @property
+    def unasked(self) -> float:
+        """Bytes of `peak` that are not there while nothing asks for what they are."""
+        return sum(part.bytes for part in self.needs.parts if part.name in self.needs.asked)
 
     @property
     def step_samples(self) -> float:
@@ -244,6 +268,9 @@ class Plan:
             yield f"  {name:28}{size / GIB:8.2f}   instead, while nothing is trained"
         fits = "fits" if self.peak < machine.memory * GIB else "does NOT fit: smaller batches, or recomputation"
         yield f"  {'peak, expected':28}{self.peak / GIB:8.2f}   {fits} in {machine.memory:g} GiB"
+        if self.needs.asked:
+            without = f"without {' and '.join(self.needs.asked)}, while nothing asks for them"
+            yield f"  {'peak, caches full':28}{(self.peak - self.unasked) / GIB:8.2f}   {without}"
         yield from self.speed()
         yield "disk, GiB"
         yield f"  {'a checkpoint':28}{self.checkpoint_bytes / GIB:8.2f}   {run.keep} stay, one more while it is written"
@@ -266,11 +293,16 @@ class Plan:
         yield f"  the run          {steps:,} steps, {steps * self.step_samples:,.0f} samples: {hours:.1f} hours"
 
 
-def moments_bytes(parameter: Tensor, bits: int, low: bool) -> int:
-    """AdamW's state of a parameter: float32 moments, a step, and a master for one of low precision; or 8-bit moments,
-    with a scale for each of torchao's blocks of 256 and a table, where there are at least 4096 numbers in whole blocks.
+def shard_of(tensor: Tensor, shards: int) -> int:
+    """Numbers of the largest shard: FSDP2 shares out the rows of the first dimension, the first get one more."""
+    return tensor.numel() if shards == 1 else -(-len(tensor) // shards) * (tensor.numel() // len(tensor))
+
+
+def moments_bytes(count: int, bits: int, low: bool) -> int:
+    """AdamW's state of so many numbers: float32 moments, a step, and a master of what is of low precision; or 8-bit
+    moments, with a scale for each of torchao's blocks of 256 and a table, where there are at least 4096 numbers in
+    whole blocks, and else moments of the parameter's own precision.
     """
-    count = parameter.numel()
     if bits == 32:
         return 4 + 8 * count + (4 * count if low else 0)
     if count < 4096 or count % 256:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
+from jsonargparse import Namespace
 from packaging.version import Version
 
 from data_pipeline.errors import InputError
@@ -21,10 +22,17 @@ from lightning_modules.networks import Conditioner
 from lightning_modules.networks.compile import missing_compiler
 from lightning_modules.networks.conditioner import KNOWN_CLASSES
 from lightning_modules.networks.kontext_transformer import KontextTransformer
-from lightning_modules.networks.loading import CheckpointError, check_weights, read_json, require_parts, stored_shapes
+from lightning_modules.networks.loading import (
+    ONE_FILE,
+    CheckpointError,
+    check_weights,
+    read_json,
+    require_parts,
+    stored_shapes,
+)
 from lightning_modules.networks.outlines import QWEN
 from lightning_modules.networks.vision import INTERN, TIMM
-from lightning_modules.pipelines.kontext import check_scheduler, part_checks
+from lightning_modules.pipelines.kontext import check_scheduler, part_checks, text_checks
 from lightning_modules.pipelines.metaquery import require_conditioner
 
 Level = Literal["ok", "note", "BAD"]
@@ -90,14 +98,46 @@ def accelerators() -> Iterator[Finding]:
 
 
 def requested_devices(trainer: Mapping[str, Any]) -> Iterator[Finding]:
-    """More GPUs asked for than there are, and sizes of a mesh that are not those of the run."""
+    """GPUs asked for that are not there, and shards over other devices than the run has."""
     devices, accelerator = trainer.get("devices", "auto"), trainer.get("accelerator", "auto")
-    wanted = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 0
+    wanted, last = devices_of(devices)
     count = torch.cuda.device_count()
     gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and count > 0)
-    if gpus and wanted > count:
+    if gpus and (last >= count or not count):
         remedy = f"--trainer.devices {count}" if count else "--trainer.accelerator cpu --trainer.devices 1"
         yield Finding("BAD", "devices", f"trainer.devices is {devices} and this machine has {count} GPUs; use {remedy}")
+    shards = settings_of(trainer.get("strategy")).get("data_parallel_size")
+    world = wanted * int(trainer.get("num_nodes") or 1)
+    if shards is not None and wanted and shards != world:
+        remedy = f"set it to {world}, or trainer.devices and num_nodes to match"
+        yield Finding("BAD", "devices", f"strategy: data_parallel_size is {shards} and the run has {world}; {remedy}")
+
+
+def devices_of(devices: object) -> tuple[int, int]:
+    """How many these are, and the number of the last; 0 and -1 of what is only known where it runs.
+
+    >>> devices_of(2), devices_of([0, 3]), devices_of("0,3"), devices_of("3,"), devices_of(-1), devices_of("auto")
+    ((2, 1), (2, 3), (2, 3), (1, 3), (0, -1), (0, -1))
+    """
+    words = devices if isinstance(devices, list | tuple) else str(devices).split(",")
+    found = [int(word) for word in map(str, words) if word.strip().isdigit()]
+    if isinstance(devices, list | tuple) or len(words) > 1:
+        return len(found), max(found, default=-1)
+    return (found[0], found[0] - 1) if found else (0, -1)
+
+
+def settings_of(strategy: object) -> Mapping[str, Any]:
+    """Arguments of a strategy that a config describes; of one that is named or made, none."""
+    found = getattr(strategy, "init_args", None) or {}
+    return dict(vars(found)) if isinstance(found, Namespace) else dict(found)
+
+
+def portions(trainer: Mapping[str, Any]) -> Iterator[Finding]:
+    """Steps that would be made of no batches."""
+    each = trainer.get("accumulate_grad_batches")
+    if each is not None and each < 1:
+        found = f"trainer.accumulate_grad_batches is {each}; expected at least 1 batch a step"
+        yield Finding("BAD", "accumulation", found)
 
 
 def true_precision(trainer: Mapping[str, Any]) -> Iterator[Finding]:
@@ -132,6 +172,7 @@ def checks_of(folder: Path, kind: str) -> list[Callable[[], object]]:
                 partial(require_parts, folder, ("transformer", "vae", "scheduler")),
                 transformer,
                 *part_checks(folder),
+                *text_checks(folder),
             ]
         case "pictures":
             vae = partial(check_weights, AutoencoderKL, folder / "vae", {"AutoencoderKL"})
@@ -165,17 +206,20 @@ def weights(pretrained: str, kind: str = "image") -> Iterator[Finding]:
     if not folder.is_dir() and is_hub_id(pretrained):
         yield Finding("note", "weights", f"{pretrained} is not downloaded yet; fit does so: hf download {pretrained}")
         return
+    if folder.is_file():
+        yield Finding("BAD", "weights", f"{folder} is {ONE_FILE}")
+        return
     if not folder.is_dir():
         remedy = "download it there (safetensors), train what exports it, or name another in model.init_args"
         yield Finding("BAD", "weights", f"there is no folder {folder}; {remedy}")
         return
-    bad = False
+    bad: dict[str, None] = {}  # what several checks meet is said once
     for check in checks_of(folder, kind):
         try:
             check()
         except CheckpointError as error:
-            bad = True
-            yield Finding("BAD", "weights", str(error))
+            bad[str(error)] = None
+    yield from (Finding("BAD", "weights", text) for text in bad)
     if not bad:
         yield Finding("ok", "weights", f"{folder}, all parts whole")
 

@@ -268,6 +268,14 @@ MISTAKES = {
         ["fit", "-c", "{config}", "--data.init_args.size_multiple", "8", "--data.init_args.image_size", "40"],
         "it takes multiples of 16 pixels",
     ),
+    "no batch in a step": (
+        ["fit", "-c", "{config}", "--trainer.accumulate_grad_batches", "0"],
+        "accumulate_grad_batches is 0; expected at least 1 batch a step",
+    ),
+    "one file for a folder": (
+        ["fit", "-c", "{config}", "--model.init_args.pretrained", "{config}"],
+        "is one file; expected a folder in the diffusers layout",
+    ),
     "nothing to resume": (["fit", "-c", "{config}", "--resume", "--trainer.max_steps", "1"], "no unfinished version"),
     "no export": (["test", "-c", "{config}", "--export", "nowhere"], "no export nowhere"),
     "nothing to predict": (

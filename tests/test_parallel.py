@@ -15,15 +15,18 @@ import chains
 import pytest
 import torch
 from micro import built
-from parallel import CLIP, STEPS, VARIANTS, trained
+from parallel import CLIP, PLAIN, STEPS, VARIANTS, trained
 
+from lightning_modules.kontext import KontextModule
 from lightning_modules.pipelines import KontextPipeline
+from lightning_modules.planning import Plan, Run
+from lightning_modules.strategies import ShardedStrategy
 
 ROOT = Path(__file__).parents[1]
 EXACT, LOW = 2e-5, 5e-3  # relative: of float32, whose sums are taken in another order; of bfloat16
 
 
-def two_ranks(output: Path, *names: str) -> None:
+def two_ranks(output: Path, *names: str, seconds: float = 280) -> None:
     """Runs variants on two gloo processes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -45,7 +48,7 @@ def two_ranks(output: Path, *names: str) -> None:
             for rank, log in enumerate(logs)
         ]
         try:
-            codes = [process.wait(timeout=280) for process in processes]
+            codes = [process.wait(timeout=seconds) for process in processes]
         finally:
             for process in processes:
                 process.kill()
@@ -72,17 +75,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, several ways."""
     output = tmp_path_factory.mktemp("parallel")
-    two_ranks(
-        output,
-        "ddp",
-        "sharded",
-        "sharded_accumulated",
-        "sharded+resumed",
-        "low_ddp",
-        "low_sharded",
-        "pictures",
-        "answers",
-    )
+    names = "ddp", "sharded", "sharded_accumulated", "sharded+resumed", "low_ddp", "low_sharded"
+    two_ranks(output, *names, "both_ddp_accumulated", "both_sharded_accumulated", "pictures", "answers")
     return output
 
 
@@ -100,6 +94,20 @@ def test_batches_of_both_tasks_are_trained_on_and_clipped(plain: dict[str, Any])
 def test_accumulation_equals_a_big_batch(plain: dict[str, Any], tmp_path: Path) -> None:
     found = trained(tmp_path, "accumulated", **VARIANTS["accumulated"])["losses"]
     assert [(a + b) / 2 for a, b in zip(found[::2], found[1::2], strict=True)] == near(plain["losses"], EXACT)
+
+
+def test_a_step_of_both_tasks_is_the_same_in_one_batch_accumulated_and_on_two_ranks(
+    parallel: Path, tmp_path: Path
+) -> None:
+    """One micro-batch of captions and one of edits, or all in one batch whose references are lists."""
+    whole = trained(tmp_path, "both", **VARIANTS["both"])
+    found = trained(tmp_path, "both_accumulated", **VARIANTS["both_accumulated"])
+    assert set(whole["batches"]) == {"mixed"} and found["batches"] == ["text_to_image", "edit"] * STEPS
+    assert [(a + b) / 2 for a, b in zip(found["losses"][::2], found["losses"][1::2], strict=True)] == near(
+        whole["losses"], EXACT
+    )
+    for name in ("both_ddp_accumulated", "both_sharded_accumulated"):
+        assert losses(parallel, name, 2) == near(whole["losses"], EXACT)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,18 @@ def test_all_ranks_have_one_norm_and_one_average(plain: dict[str, Any], parallel
             torch.testing.assert_close(
                 torch.tensor(ranks[0]["average"][key]), torch.tensor(value), rtol=1e-3, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("name", ["ddp", "sharded", "low_ddp", "low_sharded"])
+def test_a_device_holds_what_is_planned(name: str, parallel: Path) -> None:
+    """To the byte, on the first rank; the last one's shards are smaller where rows are left over."""
+    strategy = ShardedStrategy(2) if VARIANTS[name]["strategy"] == "sharded" else "ddp"
+    module = KontextModule(str(built()), compute=VARIANTS[name].get("compute", PLAIN))
+    sizes = {"ratio": {"edit": 1}, "batch_size": 2, "batch_tokens": None, "size_multiple": 32, "image_size": 32}
+    plan = Plan(Run(module, {"devices": 2, "max_steps": STEPS, "strategy": strategy}, ema=True, keep=2, **sizes))
+    first, last = (json.loads((parallel / f"{name}-{rank}.json").read_text())["bytes"] for rank in range(2))
+    assert first == {part: plan.states[part] for part in first} and len(first) == 4
+    assert all(last[part] <= first[part] for part in first)
 
 
 def test_a_sharded_run_resumes_exactly(parallel: Path) -> None:
@@ -160,14 +180,24 @@ def test_bfloat16_weights_with_masters_follow_float32(plain: dict[str, Any], tmp
     assert trained(tmp_path, "low", **VARIANTS["low"])["losses"] == near(plain["losses"], LOW)
 
 
+def assert_compiled(found: dict[str, Any], plain: dict[str, Any]) -> None:
+    """No block ran as Python, as all of an eager run do."""
+    assert found["graphs"] >= 2 and found["eager"] == 0
+    assert plain["graphs"] == 0 and plain["eager"] >= STEPS
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["compiled", "compiled_cheap"])
-def test_compiled_blocks_give_the_losses_of_eager_ones(name: str, plain: dict[str, Any], tmp_path: Path) -> None:
-    assert trained(tmp_path, name, **VARIANTS[name])["losses"] == near(plain["losses"], 1e-4)
+def test_compiled_blocks_give_the_losses_of_eager_ones(plain: dict[str, Any], tmp_path: Path) -> None:
+    found = trained(tmp_path, "compiled", **VARIANTS["compiled"])
+    assert found["losses"] == near(plain["losses"], 1e-4)
+    assert_compiled(found, plain)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_on_two_ranks(plain: dict[str, Any], tmp_path: Path) -> None:
-    two_ranks(tmp_path, "compiled_ddp", "compiled_sharded")
-    for name in ("compiled_ddp", "compiled_sharded"):
+    names = ("compiled_ddp", "compiled_sharded", "compiled_cheap")
+    two_ranks(tmp_path, *names, seconds=1200)
+    for name in names:
         assert losses(tmp_path, name) == near(plain["losses"], 1e-4)
+        for rank in range(2):
+            assert_compiled(json.loads((tmp_path / f"{name}-{rank}.json").read_text()), plain)

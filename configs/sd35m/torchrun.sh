@@ -1,6 +1,6 @@
 #!/bin/bash
 # On one machine:      configs/sd35m/torchrun.sh configs/sd35m/edit.yaml
-# On each of several:  NODES=8 HEAD=10.0.0.1 configs/sd35m/torchrun.sh configs/sd35m/edit.yaml --trainer.accumulate_grad_batches 1
+# On each of several:  NODES=8 HEAD=10.0.0.1 configs/sd35m/torchrun.sh configs/sd35m/edit.yaml, and what README.md changes
 # RESUME=1 goes on from the newest checkpoint of an unfinished version, and starts anew where there is none. Anything that is
 # wrong with the config, the weights or the data is listed before a GPU is touched.
 set -euo pipefail

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from data_pipeline.errors import InputError
 from lightning_modules.folders import planned_checkpoint, planned_vlm
 from lightning_modules.needs.images import references_of
 from lightning_modules.networks.adapters import Lora, add_lora
@@ -24,7 +23,7 @@ from lightning_modules.networks.loading import read_json
 from lightning_modules.networks.outlines import RatedStep, vlm_outline
 from lightning_modules.networks.published import QWEN25_VL_7B, config_in, dtype_of
 from lightning_modules.networks.vlm import Reading
-from lightning_modules.planning import Run
+from lightning_modules.planning import NotCounted, Run
 
 TEXT = 128  # tokens of an instruction in its conversation, assumed
 PICTURES = 2  # before the edit and after it
@@ -54,9 +53,9 @@ def edits(run: Run) -> list[str]:
 def vlm_needs(run: Run, stage: RewardStage) -> Needs:
     """Of a Qwen2.5-VL whose vision tower is frozen."""
     if stage.lora is None and not {"visual", "visual."} & set(stage.frozen):
-        raise InputError(
-            "plan counts a Qwen2.5-VL whose vision tower is frozen; set lora, or name visual in frozen (what is kept "
-            "of a tower that is trained depends on each picture's windows)"
+        raise NotCounted(
+            "plan counts a Qwen2.5-VL whose vision tower is frozen, as lora or visual in frozen leave it; this trains "
+            "the tower too, which is possible, and of which what is kept depends on each picture's windows"
         )
     folder = planned_vlm(stage.pretrained)
     config, assumed = config_in(folder, QWEN25_VL_7B)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol, runtime_checkable
+
 from diffusers import AutoencoderKL
 from jaxtyping import Float
 from torch import Tensor
@@ -15,8 +17,17 @@ def encode_moments(vae: AutoencoderKL, pixels: Float[Tensor, "b 3 hh ww"]) -> Fl
     return moments.float()
 
 
+@runtime_checkable
+class Scaled(Protocol):
+    """An autoencoder, or what has its settings alone."""
+
+    @property
+    def config(self) -> Any:
+        """With shift_factor and scaling_factor."""
+
+
 def sample_latents(
-    vae: AutoencoderKL, moments: Float[Tensor, "b c2 h w"], noise: Float[Tensor, "b c h w"]
+    vae: Scaled, moments: Float[Tensor, "b c2 h w"], noise: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b c h w"]:
     """Latents of unit scale: (mean + std noise - shift) scale, with the released shift_factor and scaling_factor."""
     mean, log_variance = moments.chunk(2, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -81,8 +82,21 @@ def recompute_blocks(transformer: Any, what: bool | int | Literal["cheap"]) -> N
         context = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
         context["respect_saved_tensors_hooks"] = True
     for block in blocks[:count]:
-        # Nothing in a block draws at random. As an attribute of the block, it is compiled with it.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
+        block.forward = recomputing(block.forward, context)
+
+
+def recomputing(forward: Callable[..., Any], context: Mapping[str, Any]) -> Callable[..., Any]:
+    """A block's forward pass that keeps its inputs alone.
+
+    It is a function of this file's own, which dynamo traces and finds the checkpoint in: PyTorch's, called first, would
+    leave the whole block uncompiled without a word.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Nothing in a block draws at random.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **context, **kwargs)
+
+    return run
 
 
 def keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

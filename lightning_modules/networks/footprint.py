@@ -124,6 +124,7 @@ class Needs:
         other: bytes beside weights and activations, by what they are for.
         meanwhile: bytes that are held while nothing is trained, by what they are for.
         assumed: what was taken for granted.
+        asked: names of parts that are loaded when something asks for them, once caches hold what they encode.
         multiple, limit: of pictures' sides, in pixels; None where any will do.
     """
 
@@ -135,6 +136,7 @@ class Needs:
     other: Mapping[str, float] = field(default_factory=dict)
     meanwhile: Mapping[str, float] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
     multiple: int | None = None
     limit: int | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 SHOWN = 8  # keys named in an error before it says how many more there are
 UNFINISHED = (".incomplete", ".part", ".partial", ".tmp", ".aria2", ".crdownload")  # of downloaders
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors format's own readers
+ONE_FILE = "one file; expected a folder in the diffusers layout, which its publisher has, or from_single_file makes"
+CONVERT = "convert it where it is trusted (from_pretrained(FOLDER, use_safetensors=False).save_pretrained(FOLDER))"
 
 
 class CheckpointError(ValueError):
@@ -36,6 +39,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def require_parts(folder: Path, parts: Collection[str]) -> None:
     """Checks that a folder exists and has the named parts and all those that its model_index.json names."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is {ONE_FILE}")
     if not folder.is_dir():
         raise CheckpointError(
             f"there is no checkpoint folder {folder}; give a folder in the diffusers layout, or pocket"
@@ -45,7 +50,14 @@ def require_parts(folder: Path, parts: Collection[str]) -> None:
     missing = [part for part in dict.fromkeys([*parts, *named]) if not (folder / part).is_dir()]
     if missing:
         found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; it has {found}")
+        remedy = "download the rest, or give the folder of a whole model"
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; it has {found}: {remedy}{interrupted(folder)}")
+
+
+def interrupted(folder: Path) -> str:
+    """What the hub's client leaves of a download that it did not finish, for the end of an error; "" where nothing."""
+    left = sum(1 for _ in (folder / ".cache" / "huggingface").rglob("*.incomplete"))
+    return f" ({left} files in {folder / '.cache'} are half downloaded)" if left else ""
 
 
 @dataclass(frozen=True)
@@ -71,8 +83,9 @@ def stored_files(folder: Path) -> list[StoredFile]:
         raise CheckpointError(f"{folder} is half downloaded: {', '.join(unfinished)}; download it again")
     if not files:
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        also = f"; {', '.join(pickles)} can run code when loaded and is not accepted: convert it" if pickles else ""
-        raise CheckpointError(f"{folder} holds no *.safetensors{also}")
+        also = f"; {', '.join(pickles)} can run code when loaded and is not accepted: {CONVERT}" if pickles else ""
+        remedy = also or f"; download them again{interrupted(folder.parent)}"
+        raise CheckpointError(f"{folder} holds no *.safetensors{remedy}")
     for index in folder.glob("*.safetensors.index.json"):
         named = set(read_json(index).get("weight_map", {}).values())
         absent = sorted(named - {f.name for f in files})
@@ -80,12 +93,26 @@ def stored_files(folder: Path) -> list[StoredFile]:
             raise CheckpointError(
                 f"{folder} is incomplete: {index.name} names {', '.join(absent)}; download them again"
             )
+    if absent := missing_shards(files):
+        raise CheckpointError(f"{folder} is incomplete: {', '.join(absent)} are missing; download them again")
     found = []
     for file in files:
         header = read_header(file)
         sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values()]
         found.append(StoredFile(file, {n: tuple(entry["shape"]) for n, entry in header.items()}, sum(sizes)))
     return found
+
+
+def missing_shards(files: Collection[Path]) -> list[str]:
+    """Names that files of several parts, such as model-00001-of-00003.safetensors, have no fellows of."""
+    here = {file.name for file in files}
+    found = [match for file in files if (match := re.fullmatch(r"(.+-)(\d+)-of-(\d+)(\.safetensors)", file.name))]
+    wanted = {
+        f"{match[1]}{number:0{len(match[2])}}-of-{match[3]}{match[4]}"
+        for match in found
+        for number in range(1, int(match[3]) + 1)
+    }
+    return sorted(wanted - here)
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -126,6 +153,38 @@ def check_weights(cls: Any, folder: Path, classes: Collection[str], optional: Co
     except Exception as error:  # a config of another architecture may fail anywhere in a constructor
         raise CheckpointError(f"{folder / 'config.json'} does not describe a {cls.__name__}: {error}") from error
     compare_shapes(folder, {name: tuple(t.shape) for name, t in expected.items()}, stored_shapes(folder), optional)
+
+
+def check_text_encoder(cls: Any, folder: Path) -> None:
+    """Compares stored weights with those that the config describes, without allocating either.
+
+    Names are compared where most are as the library has them today; older ones are left to loading, which knows them.
+    """
+    stored = stored_shapes(folder)
+    read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            model = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # a config of another architecture may fail anywhere in a constructor
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a {cls.__name__}: {error}") from error
+    tied: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), set()).add(name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    common = {name for name in shapes if name in stored}
+    if not common:
+        raise CheckpointError(f"{folder} holds no weight of a {cls.__name__}; use weights and config.json of one model")
+    here = {name for names in tied.values() if names & common for name in names}
+    wanted = common if 2 * len(common) < len(shapes) else {*shapes} - (here - common)
+    compare_shapes(folder, {name: shapes[name] for name in wanted}, {name: stored[name] for name in common})
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuses a tokenizer without its words, whose absence transformers takes for a missing package."""
+    kinds = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["spiece.model"])
+    if not any(all((folder / name).is_file() for name in names) for names in kinds):
+        wanted = ", or ".join(" and ".join(names) for names in kinds)
+        raise CheckpointError(f"{folder} holds no tokenizer: expected {wanted}; download it again")
 
 
 def load_text_encoder(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:

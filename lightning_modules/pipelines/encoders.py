@@ -7,9 +7,10 @@ whenever, and beside whatever, it is encoded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from data_pipeline.cache import Features, FeatureStore
 from data_pipeline.counters import draw
 from lightning_modules.networks.autoencoder import encode_moments, sample_latents
 from lightning_modules.networks.compute import Compute, Precision
-from lightning_modules.pipelines.kontext import KontextPipeline
+from lightning_modules.networks.loading import check_weights
+from lightning_modules.pipelines.kontext import FROZEN, TEXT_ENCODERS, TOKENIZERS, KontextPipeline
+from lightning_modules.pipelines.later import origin_of
 
 CHUNK = 8  # pictures, and on a GPU texts
 TEXTS = 32
@@ -52,12 +55,43 @@ def own_precision(module: Any) -> torch.autocast:
 class LatentEncoder:
     """Posterior moments under an autoencoder, in its own precision, {"moments": (2C, h, w)}.
 
+    Args:
+        vae: the autoencoder, or what loads it when it is needed.
+        folder: of the checkpoint that it is loaded from.
+
     Attributes:
         store: where `encode_batch` keeps what it encoded, if anywhere.
     """
 
-    def __init__(self, vae: AutoencoderKL, store: FeatureStore | None = None) -> None:
-        self.vae, self.store = vae, store
+    def __init__(self, vae: AutoencoderKL | Callable[[], AutoencoderKL], folder: Path | None = None) -> None:
+        self._load, self.folder = vae, folder
+        self.store: FeatureStore | None = None
+        self._place: torch.device | str | None = None
+
+    @classmethod
+    def of(cls, pipeline: KontextPipeline) -> LatentEncoder:
+        """A pipeline's autoencoder, which may be loaded later."""
+        folder = pipeline.origin[0] if pipeline.origin is not None and "vae" in pipeline.put_off_parts else None
+        return cls(pipeline.vae if folder is None else lambda: pipeline.vae, folder)
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder, loaded if it was not yet."""
+        vae = self._load if isinstance(self._load, nn.Module) else self._load()
+        return vae if self._place is None else vae.to(self._place)
+
+    @cached_property
+    def config(self) -> Any:
+        """The autoencoder's settings, without its weights."""
+        if self.folder is None:
+            return self.vae.config
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(AutoencoderKL.load_config(self.folder, subfolder="vae")).config
+
+    @property
+    def origin(self) -> str | None:
+        """What says, without loading it, which autoencoder this is, if anything does."""
+        return None if self.folder is None else origin_of(self.folder, ["vae"], f"{CHUNK}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,14 +101,17 @@ class LatentEncoder:
         return hashlib.sha256(f"{CHUNK} {config_of(vae)} {weights_of(*parts)}".encode()).hexdigest()
 
     def to(self, device: torch.device | str) -> LatentEncoder:
-        """The encoder, moved to a device."""
-        self.vae.to(device)
+        """The encoder, moved to a device, or to be there once it is loaded."""
+        self._place = device
+        if "vae" in self.__dict__ or isinstance(self._load, nn.Module):
+            self.vae.to(device)
         return self
 
     @classmethod
     def from_pretrained(cls, folder: str) -> LatentEncoder:
-        """The autoencoder of a checkpoint folder."""
-        return cls(AutoencoderKL.from_pretrained(folder, subfolder="vae").eval())
+        """The autoencoder of a checkpoint folder, checked now and loaded when it is needed."""
+        check_weights(AutoencoderKL, Path(folder, "vae"), {"AutoencoderKL"})
+        return cls(partial(AutoencoderKL.from_pretrained, folder, subfolder="vae", use_safetensors=True), Path(folder))
 
     @torch.no_grad()
     def encode(self, inputs: Sequence[Float[Tensor, "3 _ _"]]) -> list[Features]:
@@ -121,7 +158,7 @@ class LatentEncoder:
         """Latents from moments of a batch's pictures, with noise of each sample and epoch."""
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = draw(torch.randn, shape, seed, f"posterior {purpose}", batch.epochs, batch.sample_ids)
-        return sample_latents(self.vae, moments, noise.to(moments.device))
+        return sample_latents(self, moments, noise.to(moments.device))
 
     def references(self, batch: ImageBatch, seed: int) -> Any:
         """Posterior samples of an encoded batch's references, as the transformer takes them: None, (B, C, h, w) for one
@@ -161,6 +198,16 @@ class TextEncoder:
         parts = f"{lengths} {words} {[config_of(e) for e in encoders]} {weights_of(*encoders)}"
         return hashlib.sha256(parts.encode()).hexdigest()
 
+    @property
+    def origin(self) -> str | None:
+        """What says, without loading them, which encoders these are, if anything does."""
+        if self.pipeline.origin is None:
+            return None
+        folder, settings = self.pipeline.origin
+        parts = [*TEXT_ENCODERS, *TOKENIZERS]
+        lengths = (self.pipeline.tokenizer_max_length, self.pipeline.t5_tokens)
+        return origin_of(folder, parts, f"{lengths} {settings}")
+
     def to(self, device: torch.device | str) -> TextEncoder:
         """The encoder, moved to a device."""
         self.pipeline.to(device)
@@ -169,7 +216,8 @@ class TextEncoder:
     @classmethod
     def from_pretrained(cls, folder: str, precision: Precision = "float32") -> TextEncoder:
         """The text encoders of a checkpoint folder, as a run has them."""
-        return cls(KontextPipeline.from_pretrained(folder, text_dtype=Compute(frozen=precision).frozen_dtype))
+        dtype = Compute(frozen=precision).frozen_dtype
+        return cls(KontextPipeline.from_pretrained(folder, text_dtype=dtype, later=(*FROZEN, "transformer")))
 
     @torch.no_grad()
     def encode(self, inputs: Sequence[str]) -> list[Features]:
@@ -179,7 +227,7 @@ class TextEncoder:
         for start in range(0, len(inputs), texts):
             chunk = list(inputs[start : start + texts])
             padding = [f"{i}" for i in range(texts - len(chunk))]
-            with own_precision(self.pipeline.transformer):
+            with own_precision(self.pipeline):
                 sequence, pooled = self.pipeline.encode_unique([*chunk, *padding])
             found += [{"sequence": sequence[i].clone(), "pooled": pooled[i].clone()} for i in range(len(chunk))]
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusion3PipelineOutput
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,12 +26,15 @@ from lightning_modules.networks.adapters import adapter_state, has_adapters
 from lightning_modules.networks.autoencoder import decode_latents, encode_moments, sample_latents
 from lightning_modules.networks.loading import (
     CheckpointError,
+    check_text_encoder,
+    check_tokenizer,
     check_weights,
     load_text_encoder,
     read_json,
     require_parts,
     stored_shapes,
 )
+from lightning_modules.pipelines.later import LaterParts
 from lightning_modules.samplers.guidance import guide
 from lightning_modules.samplers.ode import euler
 from lightning_modules.samplers.timesteps import schedule
@@ -48,23 +52,33 @@ TEXT_ENCODERS = {
     "text_encoder_2": CLIPTextModelWithProjection,
     "text_encoder_3": T5EncoderModel,
 }
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+FROZEN = (*TEXT_ENCODERS, "vae")
 OUTPUTS = ("pil", "np", "pt", "latent")
 Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
-class KontextPipeline(StableDiffusion3Pipeline):
+class KontextPipeline(LaterParts, StableDiffusion3Pipeline):
     """StableDiffusion3Pipeline whose transformer also takes reference pictures."""
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, text_dtype: torch.dtype | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        text_dtype: torch.dtype | None = None,
+        later: Collection[str] = (),
+        **kwargs: Any,
     ) -> KontextPipeline:
         """Loads a checkpoint folder or hub id, `transformer/` always as KontextTransformer, safetensors only.
 
-        `text_dtype` is of the text encoders, where it is not that of all.
+        Args:
+            pretrained_model_name_or_path: the folder.
+            text_dtype: of the text encoders, where it is not that of all.
+            later: parts of a folder that are checked now and loaded when they are asked for.
+            kwargs: as diffusers takes them.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder, loaders = Path(pretrained_model_name_or_path), dict[str, Callable[[], Any]]()
         # Anything but a hub id, which is owner/name; where the owner's part is a folder here, a path was meant.
         if folder.exists() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
             if (folder / "conditioner").is_dir():
@@ -73,21 +87,32 @@ class KontextPipeline(StableDiffusion3Pipeline):
                     "train it with lightning_modules.connector.ConnectorModule (configs/joint.yaml) or reinforcement"
                 )
             require_parts(folder, ("transformer", "vae", "scheduler"))
-            for check in part_checks(folder):
+            for check in (*part_checks(folder), *text_checks(folder, later)):
                 check()
-            for part, encoder in TEXT_ENCODERS.items():
-                if (folder / part).is_dir() and part not in kwargs:
-                    kwargs[part] = load_text_encoder(encoder, folder / part, text_dtype or kwargs.get("torch_dtype"))
+            all_parts = part_loaders(folder, text_dtype, kwargs.get("torch_dtype"))
+            loaders = {part: load for part, load in all_parts.items() if part in later and part not in kwargs}
+            kwargs |= dict.fromkeys(loaders)
+            kwargs |= {part: load() for part, load in all_parts.items() if part in TEXT_ENCODERS and part not in kwargs}
         if "transformer" not in kwargs:
             kwargs["transformer"] = KontextTransformer.from_pretrained(
                 pretrained_model_name_or_path, subfolder="transformer", torch_dtype=kwargs.get("torch_dtype")
             )
         diffusers_logging.disable_progress_bar()
-        return super().from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs)
+        pipeline: KontextPipeline = super().from_pretrained(
+            pretrained_model_name_or_path, use_safetensors=True, **kwargs
+        )
+        if "vae" in loaders:
+            channels = AutoencoderKL.load_config(folder, subfolder="vae")["block_out_channels"]
+            pipeline.vae_scale_factor = 2 ** (len(channels) - 1)
+            pipeline.image_processor = VaeImageProcessor(vae_scale_factor=pipeline.vae_scale_factor)
+        if loaders:
+            pipeline.put_off(loaders, (folder, f"{text_dtype} {kwargs.get('torch_dtype')}"))
+        return pipeline
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Writes a checkpoint folder that names only classes of diffusers and transformers; adapters are merged into
         its weights, and lie in lora/ too, as diffusers' `load_lora_weights` reads them."""
+        self.load_all()
         super().save_pretrained(str(save_directory), **kwargs)
         self.save_adapters(Path(save_directory))
         path = Path(save_directory, "model_index.json")
@@ -319,13 +344,37 @@ class KontextPipeline(StableDiffusion3Pipeline):
         return velocity
 
 
+def part_loaders(
+    folder: Path, text_dtype: torch.dtype | None, dtype: torch.dtype | None
+) -> dict[str, Callable[[], Any]]:
+    """What loads each of a folder's models."""
+    texts = {part: encoder for part, encoder in TEXT_ENCODERS.items() if (folder / part).is_dir()}
+    whole = {"pretrained_model_name_or_path": folder, "torch_dtype": dtype}
+    return {
+        **{part: partial(load_text_encoder, each, folder / part, text_dtype or dtype) for part, each in texts.items()},
+        "vae": partial(AutoencoderKL.from_pretrained, subfolder="vae", use_safetensors=True, **whole),
+        "transformer": partial(KontextTransformer.from_pretrained, subfolder="transformer", **whole),
+    }
+
+
 def part_checks(folder: Path) -> list[Callable[[], object]]:
     """What is checked of a folder before anything of it is loaded; the transformer checks itself."""
     texts = [part for part in TEXT_ENCODERS if (folder / part).is_dir()]
+    words = [part for part in TOKENIZERS if (folder / part).is_dir()]
     return [
         partial(check_scheduler, folder / "scheduler"),
         partial(check_weights, AutoencoderKL, folder / "vae", {"AutoencoderKL"}),
         *(partial(stored_shapes, folder / part) for part in texts),
+        *(partial(check_tokenizer, folder / part) for part in words),
+    ]
+
+
+def text_checks(folder: Path, parts: Collection[str] = tuple(TEXT_ENCODERS)) -> list[Callable[[], object]]:
+    """What is checked of text encoders that are not loaded at once, which would tell."""
+    return [
+        partial(check_text_encoder, encoder, folder / part)
+        for part, encoder in TEXT_ENCODERS.items()
+        if part in parts and (folder / part).is_dir()
     ]
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data_pipeline.cache import Features, FeatureStore
+from data_pipeline.cache import Features, FeatureStore, locked
 from lightning_modules.pipelines.encoders import TextEncoder
-from lightning_modules.pipelines.kontext import KontextPipeline
+from lightning_modules.pipelines.kontext import TEXT_ENCODERS, KontextPipeline
 
 logger = logging.getLogger(__name__)
 CHUNK = 256  # prompts embedded ahead at a time
@@ -45,7 +46,7 @@ class PromptCache:
     def __init__(self, pipeline: KontextPipeline, max_bytes: int = 1 << 29, root: str | None = None) -> None:
         self.pipeline, self.max_bytes, self._bytes = pipeline, max_bytes, 0
         self.encoder = TextEncoder(pipeline)
-        self.store = None if root is None else FeatureStore(root, self.encoder.fingerprint)
+        self.store = None if root is None else FeatureStore.of(root, self.encoder)
         self._entries: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @torch.no_grad()
@@ -67,7 +68,7 @@ class PromptCache:
         found: dict[str, Features] = {}
         for prompt in prompts:
             if (features := self.store.get(prompt)) is not None:
-                found[prompt] = {name: value.to(self.pipeline.transformer.device) for name, value in features.items()}
+                found[prompt] = {name: value.to(self.pipeline.device) for name, value in features.items()}
         unknown = [prompt for prompt in prompts if prompt not in found]
         for prompt, features in zip(unknown, self.encoder.encode(unknown), strict=True):
             self.store.add(prompt, features)
@@ -75,15 +76,26 @@ class PromptCache:
         return found
 
     def fill(self, prompts: Iterable[str]) -> None:
-        """Embeds prompts ahead of need, as many as fit in memory, and says how many T5 reads in part only."""
+        """Embeds prompts ahead of need, as many as fit in memory, and says how many T5 reads in part only.
+
+        With a folder, one process encodes what is not there, the others wait and find it; then the text encoders are
+        let go, where they can be loaded again.
+        """
         cut, seen = 0, 0
-        for chunk in self._chunks(prompts):
-            sequence, pooled = self(chunk)
-            seen, cut = seen + len(chunk), cut + self._longer_than_t5(chunk)
-            if self._bytes + sequence.nbytes + pooled.nbytes > self.max_bytes:
-                break
+        with ExitStack() as alone:
+            encoding = self.store is None
+            for chunk in self._chunks(prompts):
+                if self.store is not None and not encoding and any(prompt not in self.store for prompt in chunk):
+                    alone.enter_context(locked(self.store.folder / ".lock"))
+                    encoding = True
+                sequence, pooled = self(chunk)
+                seen, cut = seen + len(chunk), cut + self._longer_than_t5(chunk)
+                if self._bytes + sequence.nbytes + pooled.nbytes > self.max_bytes:
+                    break
+            if self.store is not None:
+                self.store.commit()
         if self.store is not None:
-            self.store.commit()
+            self.pipeline.let_go(TEXT_ENCODERS)
         if cut:
             logger.warning(
                 "%d of %d texts are longer than %d T5 tokens and are cut", cut, seen, self.pipeline.t5_tokens

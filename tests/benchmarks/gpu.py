@@ -1,10 +1,10 @@
 """Step time, samples/s, MFU and peak memory of SD3.5-Medium's training on one GPU, with random weights.
 
-    python tests/benchmarks/gpu.py [--cases t2i_512 edit_512 ...] [--steps 10] [--output TABLE.md]
+    python tests/benchmarks/gpu.py [--cases t2i_512 edit_512 ...] [--steps 10] [--pretrained FOLDER] [--output TABLE.md]
 
 The stage modules and the Trainer run as they are; only the checkpoint folder's content is made here, on the GPU, and
-nothing is downloaded. Without a GPU the pocket model is measured instead, and the table says so: it then tells that the
-script works, and nothing about a GPU.
+nothing is downloaded. Without a GPU the pocket model (--pretrained) is measured instead, and the table says so: it then
+tells that the script works, and nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -222,15 +222,15 @@ def connector_of(compiled: bool, compute: Compute) -> ConnectorModule:
     return ConnectorModule("pocket", str(folder), connector=sizes, compile=compiled)
 
 
-def module_of(case: Case, compiled: bool) -> Any:
-    """The stage module, as the full-size configs have it."""
+def module_of(case: Case, compiled: bool, pretrained: str) -> Any:
+    """The stage module, as the full-size configs have it; without a GPU that of a folder."""
     compute = Compute("bfloat16", "bfloat16") if GPU else Compute()
     if case.connector:
         return connector_of(compiled, compute)
     if not case.reinforced:
-        return KontextModule("weights/random" if GPU else "pocket", compute=compute, compile=compiled)
+        return KontextModule(pretrained, compute=compute, compile=compiled)
     return ReinforceModule(
-        "weights/random" if GPU else "pocket",
+        pretrained,
         {"noise": Weighted(Noise())},
         DiffusionNFT(points_per_picture=3),
         sampling=Sampling(group_size=GROUP, groups=1, micro_groups=1, num_inference_steps=10, guidance_scale=1.0),
@@ -241,10 +241,10 @@ def module_of(case: Case, compiled: bool) -> Any:
     )
 
 
-def measured(case: Case, cached: bool, compiled: bool, steps: int) -> dict[str, float]:
+def measured(case: Case, cached: bool, compiled: bool, steps: int, pretrained: str) -> dict[str, float]:
     """Figures of one case."""
     torch.manual_seed(0)
-    module, clock = module_of(case, compiled), Clock(steps)
+    module, clock = module_of(case, compiled, pretrained), Clock(steps)
     if case.reinforced:
         collect = module.collect
 
@@ -277,19 +277,21 @@ def measured(case: Case, cached: bool, compiled: bool, steps: int) -> dict[str, 
 def flops_of(case: Case, module: Any, factor: int, pictures: int) -> float:
     """Model FLOPs of a step of a transformer alone."""
     config, work = module.transformer.config, module.workload()
-    tokens = (1 + case.references) * (case.size // factor // config.patch_size) ** 2
+    tokens = float((1 + case.references) * (case.size // factor // config.patch_size) ** 2)
     frozen = 0.0 if module.lora is None else work.backward
     return pictures * passes_flops(config, tokens, module.pipeline().text_tokens, work.evaluations, frozen)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures the cases and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--eager", action="store_true", help="leave the compiled runs out")
+    parser.add_argument("--pretrained", default="pocket", help="what is measured without a GPU")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    pretrained = "weights/random" if GPU else arguments.pretrained
     if GPU:
         for file in (kontext, reinforce):  # no folder: its content is made on the GPU
             file.KontextPipeline.from_pretrained = lambda *_, text_dtype=None, **__: random_pipeline(text_dtype)
@@ -305,7 +307,7 @@ def main() -> None:
         case = CASES[name] if GPU else replace(CASES[name], size=CASES[name].size // 8)
         for cached in (True, False):
             for compiled in (False,) if arguments.eager else (False, True):
-                found = measured(case, cached, compiled, arguments.steps)
+                found = measured(case, cached, compiled, arguments.steps, pretrained)
                 note = f" (sampling {found['sampling']:.3f})" if "sampling" in found else ""
                 share = f"{found['mfu']:.1%}" if GPU else "-"
                 rows.append(

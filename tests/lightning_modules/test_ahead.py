@@ -17,6 +17,7 @@ from data_pipeline.chat import load_chats, pictures, sizes
 from lightning_modules import ahead
 from lightning_modules.cli import main, outlined
 from lightning_modules.networks.layout import LayoutError
+from lightning_modules.rollouts.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,12 @@ def test_doctor_names_missing_gpus(
     argv = ["--trainer.devices", "8", "--trainer.accelerator", "gpu"]
     assert main(["doctor", "-c", str(config), *argv]) == 1
     assert "BAD  devices" in capsys.readouterr().out
+
+
+def test_groups_that_devices_cannot_share_are_found() -> None:
+    [found] = ahead.shared(Sampling(groups=48, micro_groups=1), 7)
+    assert "groups 48 cannot be shared by 7 devices" in found.found and "nearest are groups 42 or 49" in found.found
+    assert not [*ahead.shared(Sampling(groups=48, micro_groups=2), 8)] and not [*ahead.shared(None, 7)]
 
 
 def test_a_dry_run_of_a_good_config_finds_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +235,17 @@ def test_groups_that_cannot_be_shared_are_named_by_plan_and_dry_run(
     assert "multiple of 3 devices x 1 updates; take 15 or 18" in capsys.readouterr().err
     assert main(["fit", "-c", str(path), "--dry_run"]) == 1
     assert "plan: sampling.groups 16" in capsys.readouterr().out
+
+
+def test_a_tower_that_is_trained_is_a_note_and_no_reason_against_a_run(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged = {"class_path": "lightning_modules.edit_reward.EditRewardModule"}
+    judged["init_args"] = {"pretrained": str(tiny_vlm(tmp_path / "vlm"))}
+    path = changed(config, tmp_path / "tower.yaml", model=judged)
+    assert main(["plan", "-c", str(path)]) == 2
+    assert "this trains the tower too, which is possible" in capsys.readouterr().err
+    assert main(["fit", "-c", str(path), "--dry_run"]) == 0
 
 
 def test_a_stage_whose_models_are_not_here_is_planned_and_not_found_well(

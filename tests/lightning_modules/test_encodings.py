@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from micro import micro_folder, micro_metaquery, micro_shards
 
 from data_pipeline.cache import FeatureStore
@@ -16,6 +17,8 @@ from lightning_modules.connector import ConnectorModule
 from lightning_modules.kontext import KontextModule
 from lightning_modules.networks.compute import Compute
 from lightning_modules.pipelines import KontextPipeline, encoders
+from lightning_modules.pipelines import kontext as pipelines
+from lightning_modules.pipelines.kontext import FROZEN
 
 
 class Losses(L.Callback):
@@ -67,6 +70,21 @@ def test_cached_lazy_and_online_encoding_give_the_same_losses(
     assert online.found == ahead.found == lazy.found == again.found == never.found and len(set(online.found)) > 1
     assert not any(online.encoded) and not any(lazy.encoded)
     assert all(ahead.encoded) and all(again.encoded) and all(never.encoded)
+
+
+def test_where_caches_hold_all_no_encoder_is_loaded(
+    built: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for what is trained on, nor to tell whose the caches are; what ends a run's log is the same."""
+    first = losses(built, tmp_path, Cache(str(tmp_path / "cache")))
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *_, **__: pytest.fail("the autoencoder was loaded"))
+    monkeypatch.setattr(pipelines, "load_text_encoder", lambda *_: pytest.fail("a text encoder was loaded"))
+    module = KontextModule(built[0], steps=8, max_sequence_length=8, text_cache=str(tmp_path / "cache"))
+    again = losses(built, tmp_path, Cache(str(tmp_path / "cache")), module=module)
+    assert again.found == first.found and all(again.encoded) and len(set(again.found)) == 8
+    assert module._pipeline.put_off_parts == {*FROZEN}
+    with pytest.raises(pytest.fail.Exception, match="a text encoder"):
+        module._prompts(["a text that no shard has"])
 
 
 def test_the_posterior_is_sampled_anew_each_epoch(built: tuple[str, str], tmp_path: Path) -> None:

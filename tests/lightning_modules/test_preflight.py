@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from chains import folder as r1v_folder
+from jsonargparse import Namespace
 from micro import built, built_vlm, micro_folder, micro_metaquery
 from micro_r1v import part as r1v_part
 
 from lightning_modules import preflight
 from lightning_modules.preflight import Finding
+
+ON_GPU = {"accelerator": "gpu"}
 
 
 def bad(findings: object) -> list[str]:
@@ -49,6 +52,37 @@ def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "--trainer.accelerator cpu" in bad(preflight.requested_devices({"devices": 2, "accelerator": "gpu"}))[0]
     assert bad(preflight.requested_devices({"devices": 2, "accelerator": "cpu"})) == []
+    for devices in ("auto", -1, "0,3"):  # Lightning itself would not say what to do
+        assert "--trainer.accelerator cpu" in bad(preflight.requested_devices({"devices": devices, **ON_GPU}))[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for devices in ([0, 3], "0,3", "3,", 3):
+        assert (
+            "has 2 GPUs; use --trainer.devices 2" in bad(preflight.requested_devices({"devices": devices, **ON_GPU}))[0]
+        )
+    for devices in ("auto", -1, [0, 1], "1,", 2):
+        assert bad(preflight.requested_devices({"devices": devices, **ON_GPU})) == []
+
+
+def test_shards_over_other_devices_than_there_are() -> None:
+    strategy = Namespace(class_path="lightning_modules.strategies.ShardedStrategy")
+    strategy.init_args = Namespace(data_parallel_size=8)
+    run = {"accelerator": "cpu", "strategy": strategy}
+    for devices, nodes, world in ((4, 1, 4), ([0, 1], 2, 4), (4, 4, 16)):
+        [found] = bad(preflight.requested_devices({**run, "devices": devices, "num_nodes": nodes}))
+        assert f"data_parallel_size is 8 and the run has {world}; set it to {world}" in found
+    for devices, nodes in ((8, 1), (4, 2), ("auto", 1)):
+        assert bad(preflight.requested_devices({**run, "devices": devices, "num_nodes": nodes})) == []
+    assert bad(preflight.requested_devices({"accelerator": "cpu", "devices": 2, "strategy": "ddp"})) == []
+
+
+def test_a_step_has_a_batch() -> None:
+    assert "is 0; expected at least 1" in bad(preflight.portions({"accumulate_grad_batches": 0}))[0]
+    assert not any(bad(preflight.portions(trainer)) for trainer in ({}, {"accumulate_grad_batches": 1}))
+
+
+def test_one_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert "expected a folder in the diffusers layout" in bad(preflight.weights(str(tmp_path / "model.safetensors")))[0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,19 @@ def test_recomputed_gradients_are_the_same_bits(what: object, transformer: Konte
     recompute_blocks(transformer, what)
     assert list(transformer.state_dict()) == names
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(transformer), strict=True))
+
+
+def test_blocks_that_recompute_are_compiled_a_graph_for_each_kind() -> None:
+    """None of them runs as Python, which a checkpoint outside the block makes it do."""
+    tests = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}:{tests}", "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, str(tests / "compiled.py"), str(built())]
+    found = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr[-3000:]
+    results = json.loads(found.stdout.splitlines()[-1])
+    assert [*results] == ["False", "True", "cheap"]
+    for what, result in results.items():
+        assert (result["eager"], result["graphs"]) == (0, 2) and result["error"] < 1e-4, what
 
 
 @pytest.mark.parametrize("what", [3, -1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.pipelines import KontextPipeline
-from lightning_modules.pipelines.kontext import EDIT_NEGATIVE_PROMPT
+from lightning_modules.pipelines.kontext import EDIT_NEGATIVE_PROMPT, FROZEN
+from lightning_modules.preflight import weights
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,17 @@ def misshapen(folder: Path, part: str, name: str) -> None:
     save_file({**load_file(file), name: torch.zeros(3)}, file, metadata={"format": "pt"})
 
 
+def moved(folder: Path, part: str, name: str) -> None:
+    next((folder / part).glob("*.safetensors")).rename(folder / part / name)
+
+
+def unfinished(folder: Path) -> None:
+    shutil.rmtree(folder / "transformer")
+    half = folder / ".cache" / "huggingface" / "download" / "transformer" / "x.incomplete"
+    half.parent.mkdir(parents=True)
+    half.touch()
+
+
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True}
 DAMAGE = {
     "T5 lacks a weight": (
@@ -143,6 +156,24 @@ DAMAGE = {
     "CLIP's config": (lambda f: (f / "text_encoder_2" / "config.json").write_text("{"), "text_encoder_2"),
     "no T5": (lambda f: shutil.rmtree(f / "text_encoder_3"), "lacks text_encoder_3"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks tokenizer_2"),
+    "no words": (lambda f: (f / "tokenizer_3" / "tokenizer.json").unlink(), "tokenizer_3 holds no tokenizer"),
+    "a part of T5": (
+        lambda f: moved(f, "text_encoder_3", "model-00001-of-00002.safetensors"),
+        r"incomplete: model-00002-of-00002\.safetensors are missing; download them again",
+    ),
+    "a part of the autoencoder": (
+        lambda f: moved(f, "vae", "diffusion_pytorch_model-00002-of-00002.safetensors"),
+        r"incomplete: diffusion_pytorch_model-00001-of-00002\.safetensors are missing",
+    ),
+    "a pickle for T5": (lambda f: moved(f, "text_encoder_3", "pytorch_model.bin"), "can run code when loaded"),
+    "the hub's client was stopped": (
+        lambda f: unfinished(f),
+        r"lacks transformer; .* download the rest, .* \(1 files in .*\.cache are half downloaded\)",
+    ),
+    "T5 is not there yet": (
+        lambda f: moved(f, "text_encoder_3", "model.json"),
+        r"text_encoder_3 holds no \*\.safetensors; download them again",
+    ),
     "scheduler": (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("{}"), "expected FlowMatchEuler"),
     "dynamic shifting": (
         lambda f: (f / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER)),
@@ -153,7 +184,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_part_that_does_not_fit_is_named_and_nothing_is_drawn_in_its_place(name: str, tmp_path: Path) -> None:
+    """Also where it is to be loaded later, if ever, and before anything is loaded at all."""
     damage, expected = DAMAGE[name]
     damage(micro_folder(tmp_path / "folder"))
-    with pytest.raises(CheckpointError, match=expected):
-        KontextPipeline.from_pretrained(tmp_path / "folder")
+    for later in ((), FROZEN):
+        with pytest.raises(CheckpointError, match=expected):
+            KontextPipeline.from_pretrained(tmp_path / "folder", later=later)
+    found = [finding.found for finding in weights(str(tmp_path / "folder")) if finding.level == "BAD"]
+    assert any(re.search(expected, text) for text in found), found
