@@ -152,5 +152,5 @@ def test_full_size_is_planned_without_weights_and_a_trained_tower_is_refused(fol
     assert sizes["vision tower"] == pytest.approx(677e6, rel=0.01)
     assert plan.trained == 28 * 64 * (4 * 3584 + 2 * (3584 + 512)) + 2 * 3584 + 2
     assert plan.states["language model"] > 2 * 7.0e9 and any("models/none is not here" in t for t in plan.needs.assumed)
-    with pytest.raises(InputError, match="name visual in frozen"):
+    with pytest.raises(InputError, match="vision tower is frozen, as lora or visual in frozen"):
         Plan(run(EditRewardModule(folder)))
