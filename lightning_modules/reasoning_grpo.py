@@ -24,7 +24,7 @@ from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.token_policy import entropy, log_probs
 from lightning_modules.needs.language import answer_needs
 from lightning_modules.networks.footprint import Needs
-from lightning_modules.networks.layout import Layout, LayoutError, Sample
+from lightning_modules.networks.layout import Layout, LayoutError, Sample, last_question
 from lightning_modules.networks.loading import check_state, read_json
 from lightning_modules.networks.r1v import R1VModel, tokenizer_of
 from lightning_modules.networks.snapshots import Snapshots
@@ -115,10 +115,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         self.model: Any = None
         self.waiting: list[list[Answer]] = []
         self.updates, self.asked, self.idle = 0, 0, 0
-        self.refused, self.unscored = (
-            0,
-            0,
-        )  # batches in a row of mostly lost questions; groups without a score in a batch
+        self.refused = 0  # batches in a row of mostly lost questions
+        self.unscored = 0  # groups without a score in a batch
         self.left_out, self.failures = Counter[str](), Counter[str]()
         self.required = required(rewards)
         self._loaded_buffer: list[dict[str, Any]] = []
@@ -220,10 +218,9 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
                 logger.warning("question %s is left out: %s", key, error)
                 continue
             tiles = sample.tiles.to(self.device) if len(sample.tiles) else None
-            prompt = next(text for role, text in batch.turns[i] if role == "user")
             counters = int(batch.sample_ids[i]), int(batch.epochs[i])
             ids = torch.tensor(sample.input_ids, device=self.device)
-            found.append(Question(key, *counters, prompt, ids, tiles, batch.metadata[i]))
+            found.append(Question(key, *counters, last_question(batch.turns[i]), ids, tiles, batch.metadata[i]))
         self.log("answers/questions_left_out", refused / len(batch.keys), batch_size=1)
         return found
 
