@@ -139,8 +139,6 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         """Moves what is no module to the device; refuses groups that the devices cannot share."""
         self.snapshots.to(self.device)
         self.waiting = [moved(group, self.device) for group in self.waiting]
-        if self.buffer is not None:
-            self.buffer.answers = moved(self.buffer.answers, self.device)
         self.sampling.share(self.trainer.world_size)  # refused before anything is sampled
 
     def pipeline(self) -> R1VModel:
@@ -343,7 +341,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             count = int(self.across(len(chosen), "min")) // 2 * 2
             if self.buffer is not None:
                 chosen = chosen[:count] + self.replayed(count)
-                self.buffer.keep(chosen[:count], self.updates)
+                self.buffer.keep(moved(chosen[:count], "cpu"), self.updates)  # the tiles of a question are many MB
             else:
                 chosen = chosen[:count]
             if chosen:
@@ -354,7 +352,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         assert self.buffer is not None
         count = int(self.across(self.buffer.wanted(fresh), "min")) // 2 * 2
         seed = counter_seed(self.seed, "buffer", self.updates, self.global_rank)
-        return self.buffer.draw(count, torch.Generator().manual_seed(seed))
+        return moved(self.buffer.draw(count, torch.Generator().manual_seed(seed)), self.device)
 
     def update(self, answers: list[Answer]) -> None:
         """One optimiser step."""
