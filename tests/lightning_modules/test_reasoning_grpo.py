@@ -223,6 +223,7 @@ def test_what_cannot_be_asked_is_left_out_named_and_counted(tmp_path: Path, capl
 
 def test_rewards_are_told_the_question_that_is_asked(tmp_path: Path) -> None:
     module = grpo()
+    watched(module)
     batch = asked(0, 2)
     batch.turns[0] = (("user", "<image>how many?"), ("assistant", "two"), ("user", "and red?"), ("assistant", "one"))
     batch.turns[1] = (("system", "<image>describe"),)  # no user says anything
