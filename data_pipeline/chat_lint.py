@@ -24,6 +24,7 @@ def faults(
     present: Sequence[str] = (),
     seen: bool = False,
     refused: Refused | None = None,
+    asked: bool = False,
 ) -> Iterator[str]:
     """A line for each reason for which conversations of a folder of shards would not be trained on.
 
@@ -33,6 +34,7 @@ def faults(
         present: what else the metadata of each must hold, such as the "answer" that a verifier compares with.
         seen: whether each must show a picture, because a projector alone learns.
         refused: what a model's tokenizer can tell, where it is here: reserved tokens, more tokens than the context.
+        asked: whether conversations are asked, and not learned from: their last answers, if any, are not looked at.
     """
     found: dict[str, list[str]] = {}
     total, scores = 0, scores_of(folder)
@@ -42,13 +44,14 @@ def faults(
         total += 1
         try:
             facts = json.loads(read_member(record, "json"))
+            metadata = {**(facts.get("metadata") or {}), **scores.get(record.sample_id, {})}
         except InputError:
             raise
-        except (ValueError, KeyError) as error:
-            facts = {"turns": [], "error": error}
-        metadata = {**(facts.get("metadata") or {}), **scores.get(record.sample_id, {})}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or no object of it
+            found.setdefault("unreadable", []).append(f"{record.key} ({str(error)[:80]})")
+            continue
         pictures = sum(name not in TEXT_FIELDS for name in record.members)
-        own = [*fault(facts.get("turns"), pictures, seen)]
+        own = [*fault(facts.get("turns"), pictures, seen, asked)]
         if refused is not None and not own and (why := refused([(r, t) for r, t in facts["turns"]], sizes(record))):
             own.append(why)
         own += lacking(metadata, numbers, present)
@@ -58,19 +61,21 @@ def faults(
         yield f"{len(each)} of {total} conversations: {reason}, such as {each[0]}"
 
 
-def fault(turns: Any, pictures: int, seen: bool = False) -> Iterator[tuple[str, str]]:
+def fault(turns: Any, pictures: int, seen: bool = False, asked: bool = False) -> Iterator[tuple[str, str]]:
     """Why a conversation cannot be laid out, by the names that the layout gives: `networks.layout.LayoutError`.
 
     What only a tokenizer can tell is not found here.
     """
-    if not isinstance(turns, list) or not all(isinstance(t, list) and len(t) == 2 for t in turns):
+    if not isinstance(turns, list) or not all(is_turn(turn) for turn in turns):
         yield "no turns", "expected a list of role and text"
         return
+    if asked and turns and turns[-1][0] == "assistant":
+        turns = turns[:-1]
     if unknown := [role for role, _ in turns if role not in ROLES]:
         yield "unknown role", f"{str(unknown[0])[:40]!r} is none of {', '.join(ROLES)}"
-    if not any(role == "assistant" for role, _ in turns):
+    if not asked and not any(role == "assistant" for role, _ in turns):
         yield "no answer", "no turn of an assistant"
-    elif not all(text.strip() for role, text in turns if role == "assistant"):
+    elif not asked and not all(text.strip() for role, text in turns if role == "assistant"):
         yield "empty answer", "an assistant says nothing"
     if any(MARK in text for role, text in turns if role == "assistant"):
         yield "picture in an answer", f"an answer holds {MARK}"
@@ -79,6 +84,11 @@ def fault(turns: Any, pictures: int, seen: bool = False) -> Iterator[tuple[str, 
         yield "missing picture", f"{marks} marks {MARK} for {pictures} pictures"
     elif seen and not pictures:
         yield "no picture", "the projector learns nothing from words alone"
+
+
+def is_turn(turn: object) -> bool:
+    """Whether this is a role and a text."""
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(each, str) for each in turn)
 
 
 def lacking(metadata: Mapping[str, Any], numbers: Sequence[str], present: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -182,9 +182,11 @@ def unlearnable(folder: Path, made: Outline) -> Iterator[str]:
     except LayoutError as error:
         yield str(error)
         return
-    refused = layout and partial(layout.refused, asked=made.model.asks)
+    asked = made.model.asks
+    refused = layout and partial(layout.refused, asked=asked)
+    scores = [*dict.fromkeys([*made.datamodule.minimum, *numbers])]
     try:
-        yield from faults(folder, [*dict.fromkeys([*made.datamodule.minimum, *numbers])], present, seen, refused)
+        yield from faults(folder, scores, present, seen, refused, asked)
     except InputError as error:
         yield str(error)
 

@@ -155,7 +155,9 @@ class DistillModule(GradientHooks, L.LightningModule):
 
     def needs(self, run: Run) -> Needs:
         """What a run holds and does, for plan."""
-        return image_needs(run, self, others=len({teacher.folder for teacher in self.teachers.values()}))
+        return image_needs(
+            run, self, others=len({teacher.folder for teacher in self.teachers.values()}), precision=self.compute.frozen
+        )
 
     def sources(self) -> dict[str, str]:
         """Folders, and what they must be, for doctor."""

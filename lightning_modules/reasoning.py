@@ -24,7 +24,7 @@ from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.tokens import Normalisation, answer_nll, before_learned, token_weights
 from lightning_modules.needs.language import chat_needs
 from lightning_modules.networks.footprint import Needs
-from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, Turns, packed
+from lightning_modules.networks.layout import Layout, LayoutError, Rows, Sample, Turns, last_question, packed
 from lightning_modules.networks.loading import compare_shapes
 from lightning_modules.networks.r1v import R1VModel, assembled, tokenizer_of
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
@@ -346,8 +346,3 @@ class R1VModule(GradientHooks, L.LightningModule):
             for state in (dict(self.trainable_parameters()), checkpoint["state_dict"])
         ]
         compare_shapes(Path(self.folders[1]), *shapes)
-
-
-def last_question(turns: Turns) -> str:
-    """What a user said last."""
-    return next((text for role, text in reversed(turns) if role == "user"), "")

@@ -24,7 +24,7 @@ from lightning_modules.gradients import GradientHooks, Gradients
 from lightning_modules.losses.token_policy import entropy, log_probs
 from lightning_modules.needs.language import answer_needs
 from lightning_modules.networks.footprint import Needs
-from lightning_modules.networks.layout import Layout, LayoutError, Sample
+from lightning_modules.networks.layout import Layout, LayoutError, Sample, last_question
 from lightning_modules.networks.loading import check_state, read_json
 from lightning_modules.networks.r1v import R1VModel, tokenizer_of
 from lightning_modules.networks.snapshots import Snapshots
@@ -115,10 +115,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         self.model: Any = None
         self.waiting: list[list[Answer]] = []
         self.updates, self.asked, self.idle = 0, 0, 0
-        self.refused, self.unscored = (
-            0,
-            0,
-        )  # batches in a row of mostly lost questions; groups without a score in a batch
+        self.refused = 0  # batches in a row of mostly lost questions
+        self.unscored = 0  # groups without a score in a batch
         self.left_out, self.failures = Counter[str](), Counter[str]()
         self.required = required(rewards)
         self._loaded_buffer: list[dict[str, Any]] = []
@@ -141,8 +139,6 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         """Moves what is no module to the device; refuses groups that the devices cannot share."""
         self.snapshots.to(self.device)
         self.waiting = [moved(group, self.device) for group in self.waiting]
-        if self.buffer is not None:
-            self.buffer.answers = moved(self.buffer.answers, self.device)
         self.sampling.share(self.trainer.world_size)  # refused before anything is sampled
 
     def pipeline(self) -> R1VModel:
@@ -220,10 +216,9 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
                 logger.warning("question %s is left out: %s", key, error)
                 continue
             tiles = sample.tiles.to(self.device) if len(sample.tiles) else None
-            prompt = next(text for role, text in batch.turns[i] if role == "user")
             counters = int(batch.sample_ids[i]), int(batch.epochs[i])
             ids = torch.tensor(sample.input_ids, device=self.device)
-            found.append(Question(key, *counters, prompt, ids, tiles, batch.metadata[i]))
+            found.append(Question(key, *counters, last_question(batch.turns[i]), ids, tiles, batch.metadata[i]))
         self.log("answers/questions_left_out", refused / len(batch.keys), batch_size=1)
         return found
 
@@ -346,7 +341,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             count = int(self.across(len(chosen), "min")) // 2 * 2
             if self.buffer is not None:
                 chosen = chosen[:count] + self.replayed(count)
-                self.buffer.keep(chosen[:count], self.updates)
+                self.buffer.keep(moved(chosen[:count], "cpu"), self.updates)  # the tiles of a question are many MB
             else:
                 chosen = chosen[:count]
             if chosen:
@@ -357,7 +352,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         assert self.buffer is not None
         count = int(self.across(self.buffer.wanted(fresh), "min")) // 2 * 2
         seed = counter_seed(self.seed, "buffer", self.updates, self.global_rank)
-        return self.buffer.draw(count, torch.Generator().manual_seed(seed))
+        return moved(self.buffer.draw(count, torch.Generator().manual_seed(seed)), self.device)
 
     def update(self, answers: list[Answer]) -> None:
         """One optimiser step."""

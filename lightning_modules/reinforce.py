@@ -154,7 +154,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
         for name in self.regularisation.snapshots:
             self.snapshots.take(name)
         if (reference := self.regularisation.reference) is not None:
-            other = load_frozen(checkpoint_folder(reference), self.transformer).state_dict()
+            other = dict(load_frozen(checkpoint_folder(reference), self.transformer).named_parameters())
             self.snapshots.put("reference", {f"transformer.{n}": w for n, w in as_base(other, inner).items()})
         self.compile_blocks = self.compile_blocks and compile_blocks(inner)
 

@@ -12,7 +12,7 @@ import torch
 
 from lightning_modules.folders import planned_checkpoint
 from lightning_modules.networks.adapters import Lora
-from lightning_modules.networks.compute import Compute
+from lightning_modules.networks.compute import Compute, Precision
 from lightning_modules.networks.flops import passes_flops
 from lightning_modules.networks.footprint import (
     Geometry,
@@ -144,8 +144,8 @@ def metaquery_parts(folder: Path, compute: Compute) -> list[Part]:
         return [Part(part, (torch.empty(count, dtype=precision[part]),)) for part, count in sizes.items()]
 
 
-def image_needs(run: Run, stage: ImageStage, others: int = 0) -> Needs:
-    """Of a stage that trains a transformer; `others` are frozen ones beside it, in its frozen precision."""
+def image_needs(run: Run, stage: ImageStage, others: int = 0, precision: Precision = "float32") -> Needs:
+    """Of a stage that trains a transformer; `others` are frozen ones beside it, of this precision."""
     folder, work = planned_checkpoint(stage.pretrained), stage.workload()
     pictures = Pictures(folder, run)
     transformer = outline(pictures.config, stage.compute, stage.lora)
@@ -163,7 +163,7 @@ def image_needs(run: Run, stage: ImageStage, others: int = 0) -> Needs:
     if (folder / "conditioner").is_dir():
         parts += metaquery_parts(folder, stage.compute)
     if others:
-        frozen = outline(pictures.config, Compute(stage.compute.frozen), None, train=False)
+        frozen = outline(pictures.config, Compute(precision), None, train=False)
         parts.append(Part("other transformers", tuple([*frozen.parameters(), *frozen.buffers()] * others), exported=0))
     needs = Needs(tuple(parts), loads, work.copies, work.samples, config.num_layers, assumed=pictures.assumed)
     return pictures.fits(needs)

@@ -75,10 +75,13 @@ def merged_state(module: nn.Module) -> dict[str, Tensor]:
 def as_base(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Weights of a module without adapters under the names of one that may have them, whose own adapters stay.
 
-    Right after `add_lora` these add exactly nothing.
+    Right after `add_lora` these add exactly nothing. What the module lacks keeps its name, and what the weights lack is
+    absent, so that another architecture is found out.
     """
     plain = {name: name.replace(".base_layer.", ".") for name, _ in module.named_parameters()}
-    return {name: state.get(plain[name], p.detach()) for name, p in module.named_parameters()}
+    found = {name: state[each] for name, each in plain.items() if each in state}
+    adapters = {name: p.detach() for name, p in module.named_parameters() if "lora_" in name}
+    return {name: w for name, w in state.items() if name not in plain.values()} | adapters | found
 
 
 def adapter_state(module: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -231,6 +231,11 @@ class Layout:
         return sample
 
 
+def last_question(turns: Turns) -> str:
+    """What a user said last."""
+    return next((text for role, text in reversed(turns) if role == "user"), "")
+
+
 def grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
     """All (columns, rows) of that many tiles, fewest first, in the order that InternVL compares them in."""
     found = [

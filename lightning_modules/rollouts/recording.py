@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data_pipeline.errors import InputError
@@ -82,7 +83,7 @@ class Recording:
         found = of_batch(folder, batch, rank)
         parts = [path for path in found if fields_of(path)["part"]]
         if found and len(parts) == fields_of(found[0])["count"]:
-            return [Rollout.load(path) for path in parts]
+            return [loaded(path) for path in parts]
         later = [path for path in files(folder) if fields_of(path)["rank"] == rank and fields_of(path)["batch"] > batch]
         if found or later:
             raise InputError(
@@ -122,6 +123,14 @@ class Recording:
         return found
 
 
+def loaded(path: Path) -> Rollout:
+    """What is in a file; InputError where it is damaged."""
+    try:
+        return Rollout.load(path)
+    except SafetensorError as error:
+        raise InputError(f"recording.replay_from: {path} cannot be read ({error}); save the rollouts again") from error
+
+
 def differences(
     rollout: Rollout, task: str, sampling: Sampling, algorithm: Algorithm, weights: Mapping[str, float]
 ) -> list[tuple[str, object, object]]:
@@ -129,6 +138,7 @@ def differences(
     pairs: list[tuple[str, object, object]] = [
         ("the task", rollout.task, task),
         ("a group size of", rollout.group_size, sampling.group_size),
+        ("steps", len(rollout.trajectory.sigmas) - 1, sampling.num_inference_steps),
         ("guidance", rollout.negative is not None, sampling.guidance_scale != 1),
     ]
     if isinstance(algorithm, RatioBased):

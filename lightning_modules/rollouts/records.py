@@ -66,9 +66,12 @@ class Rollout:
 
     @property
     def kind(self) -> tuple[str | int, ...]:
-        """What rollouts have alike that can be joined: task and shapes of pictures and references."""
+        """What rollouts have alike that can be joined: task, window, and shapes of pictures and references.
+
+        Those of one update have one window; a replay may learn in one update from what was sampled for two.
+        """
         references = () if self.references is None else self.references.shape[1:]
-        return self.task, *self.trajectory.x0.shape[1:], *references
+        return self.task, *self.trajectory.window, *self.trajectory.x0.shape[1:], *references
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""

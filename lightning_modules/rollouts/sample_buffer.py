@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from lightning_modules.rollouts.chains import Answer, moved
+from lightning_modules.rollouts.chains import Answer
 
 
 @dataclass
@@ -18,7 +18,8 @@ class SampleBuffer:
     """Answers whose advantage is not zero; each update learns from some of them beside what is new.
 
     As training goes on, groups whose answers are all right or all wrong become many and updates small; answers kept
-    from before fill them up. Their log-probabilities stay those of the policy that sampled them.
+    from before fill them up. Their log-probabilities stay those of the policy that sampled them. They lie on the
+    CPU: pictures of 4,096 answers would fill a GPU.
 
     Attributes:
         capacity: answers kept; the oldest go first.
@@ -56,5 +57,5 @@ class SampleBuffer:
         self.answers = kept[-self.capacity :]
 
     def state(self) -> list[dict[str, Any]]:
-        """For checkpoints, on the CPU."""
-        return [answer.state() for answer in moved(self.answers, "cpu")]
+        """For checkpoints."""
+        return [answer.state() for answer in self.answers]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from micro_r1v import micro_r1v
 
+from data_pipeline import chat_lint
 from data_pipeline.chat import load_chats, pictures
 from data_pipeline.chat_lint import fault, faults
 from data_pipeline.shards import write_shard
@@ -42,6 +43,23 @@ def test_what_is_sound_has_no_fault() -> None:
     assert [reason for reason, _ in fault([["user", "a"], ["tool", "b"], ["assistant", " "]], 0)] == [
         "unknown role", "empty answer"
     ]  # fmt: skip
+
+
+def test_what_is_asked_needs_no_answer() -> None:
+    assert not list(fault([["user", "<image>how many?"]], 1, True, asked=True))
+    assert not list(fault([["user", "how many?"], ["assistant", "<image>"]], 0, asked=True))  # it is left out
+    assert [reason for reason, _ in fault([["user", "<image>how many?"]], 0, asked=True)] == ["missing picture"]
+
+
+def test_a_turn_that_is_no_text_is_named() -> None:
+    assert [reason for reason, _ in fault([["user", 5], [*SAYS]], 0)] == ["no turns"]
+
+
+@pytest.mark.parametrize("text", ["{half", "[1, 2]", '{"metadata": [1]}'])
+def test_a_record_that_is_no_object_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_lint, "read_member", lambda record, name: text)
+    (line,) = faults(damaged(tmp_path / "shards"))
+    assert line.startswith("8 of 8 conversations: unreadable, such as ")
 
 
 def damaged(folder: Path) -> Path:

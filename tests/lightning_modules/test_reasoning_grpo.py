@@ -221,6 +221,16 @@ def test_what_cannot_be_asked_is_left_out_named_and_counted(tmp_path: Path, capl
     assert "k0-1 is left out: missing picture" in caplog.text and "k0-2 is left out: too long" in caplog.text
 
 
+def test_rewards_are_told_the_question_that_is_asked(tmp_path: Path) -> None:
+    module = grpo()
+    watched(module)
+    batch = asked(0, 2)
+    batch.turns[0] = (("user", "<image>how many?"), ("assistant", "two"), ("user", "and red?"), ("assistant", "one"))
+    batch.turns[1] = (("system", "<image>describe"),)  # no user says anything
+    trained(module, [asked(i) for i in range(1, 3)], 1, tmp_path)
+    assert [question.prompt for question in module.questions(batch)] == ["and red?", ""]
+
+
 class EndsAtTimes:
     """Every third answer ends at its second token, no other does."""
 

@@ -15,6 +15,7 @@ from data_pipeline.errors import InputError
 from lightning_modules.networks import KontextTransformer
 from lightning_modules.networks.adapters import Lora
 from lightning_modules.networks.loading import CheckpointError
+from lightning_modules.planning import Plan, Run
 from lightning_modules.reinforce import ReinforceModule
 from lightning_modules.rewards.weighted import Weighted
 from lightning_modules.rollouts.algorithms import DiffusionNFT
@@ -152,6 +153,32 @@ def test_adapters_are_held_to_another_folder_whose_weights_are_in_no_checkpoint(
     assert names.keys() == saved["state_dict"].keys() and all("lora_" in name for name in names)
     held.on_load_checkpoint(saved)
     assert reference_is_the_folders()
+
+
+@pytest.mark.parametrize("layers", [1, -1])
+@pytest.mark.parametrize("lora", [None, Lora(2, 4)])
+def test_a_reference_of_more_or_fewer_layers_is_refused(
+    layers: int, lora: Lora | None, folder: Path, tmp_path: Path
+) -> None:
+    other = micro_folder(tmp_path / "other")
+    config = KontextTransformer.from_pretrained(other, subfolder="transformer").config
+    assert config.num_layers > 1
+    deep = KontextTransformer.from_config({**config, "num_layers": config.num_layers + layers})
+    deep.save_pretrained(other / "transformer")
+    module = made(folder, lora=lora, regularisation=Regularisation(velocity_kl=0.1, reference=str(other)))
+    with pytest.raises(CheckpointError, match="another architecture"):
+        module.configure_model()
+
+
+def test_a_reference_beside_adapters_is_planned_in_the_precision_that_it_has(folder: Path) -> None:
+    settings = Regularisation(velocity_kl=0.1, reference=str(folder))
+    module = made(folder, lora=Lora(2, 4), frozen="bfloat16", regularisation=settings)
+    sizes = {"ratio": {"edit": 1}, "batch_size": 2, "batch_tokens": None, "size_multiple": 16}
+    plan = Plan(Run(module, {"max_steps": 10}, image_size=32, ema=False, keep=1, **sizes))
+    module.configure_model()
+    held = sum(w.nbytes for name, w in module.snapshots.copies["reference"].items() if "lora_" not in name)
+    table = sum(b.nbytes for b in module.transformer.buffers())  # which a reference that is no copy has too
+    assert plan.states["other transformers"] == held + table
 
 
 def test_references_that_are_of_no_use_are_refused(folder: Path, tmp_path: Path) -> None:

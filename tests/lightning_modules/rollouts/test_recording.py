@@ -79,6 +79,19 @@ def test_updates_from_replayed_rollouts_are_the_live_ones(live: tuple[Path, Rein
     assert again.trained == module.trained > 0 and again.pictures == 0
 
 
+def test_rollouts_of_several_updates_are_joined_only_where_their_windows_are_alike(
+    live: tuple[Path, ReinforceModule],
+) -> None:
+    folder, module = live
+    read = Recording(replay_from=str(folder)).read
+    module.waiting = [rollout for batch in range(7) for rollout in read(batch, 0)]
+    windows = {key: each.trajectory.window for each in module.waiting for key in each.keys}
+    assert len(set(windows.values())) == 2
+    packed = module.packed()
+    module.waiting = []
+    assert packed and all(windows[key] == each.trajectory.window for each in packed for key in each.keys)
+
+
 def test_a_forward_process_learns_from_any_rollouts(live: tuple[Path, ReinforceModule], tmp_path: Path) -> None:
     module = run(tmp_path, Recording(replay_from=str(live[0])), algorithm=AWM(points_per_picture=1))
     assert module.trained > 0
@@ -88,6 +101,7 @@ def test_a_forward_process_learns_from_any_rollouts(live: tuple[Path, ReinforceM
     ("changes", "match"),
     [
         ({"sampling": replace(SAMPLING, group_size=4)}, "a group size of 3, and this run 4"),
+        ({"sampling": replace(SAMPLING, num_inference_steps=5)}, "steps 4, and this run 5"),
         ({"sampling": replace(SAMPLING, guidance_scale=2.0)}, "guidance False, and this run True"),
         ({"algorithm": GRPO(window=Window(1, (0, 3)))}, "stochastic steps 2, and this run 1"),
         ({"algorithm": GRPO(window=WINDOW, noise=0.5)}, r"the sampler CPS\(noise=0.8.*CPS\(noise=0.5"),
@@ -118,6 +132,9 @@ def test_files_that_are_missing_are_named(live: tuple[Path, ReinforceModule], tm
     files(tmp_path)[3].unlink()
     with pytest.raises(InputError, match="lacks files of batch 3 of rank 0, and has batch_000004"):
         recording.read(3, 0)
+    files(tmp_path)[0].write_bytes(b"half a file")
+    with pytest.raises(InputError, match=r"part_1_of_1.* cannot be read"):
+        recording.read(0, 0)
     with pytest.raises(InputError, match="holds no rollouts of 2 devices, but those of 1 devices"):
         recording.check(0, 0, 2)
     with pytest.raises(InputError, match="no rollouts of 1 devices, but none"):
