@@ -59,8 +59,17 @@ def load_chats(folders: Sequence[str], minimum: Mapping[str, float], equal: Mapp
             if record.kind != SET:
                 left_out[f"of the kind {record.kind}"] += 1
                 continue
-            facts = json.loads(read_member(record, "json"))
-            metadata = {**(facts.get("metadata") or {}), **scores.get(record.sample_id, {})}
+            try:
+                facts = json.loads(read_member(record, "json"))
+                readable = all(map(is_turn, facts["turns"]))
+                metadata = {**(facts.get("metadata") or {}), **scores.get(record.sample_id, {})}
+            except InputError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or no object of it, or no turns
+                readable = False
+            if not readable:
+                left_out["unreadable"] += 1
+                continue
             if reason := failing(metadata, minimum, equal):
                 left_out[reason] += 1
                 continue
@@ -76,6 +85,11 @@ def load_chats(folders: Sequence[str], minimum: Mapping[str, float], equal: Mapp
     if minimum and not any("below" in reason for reason in left_out):
         logger.warning("data.minimum %s chooses nothing: all %d conversations reach it", dict(minimum), len(chats))
     return chats
+
+
+def is_turn(turn: object) -> bool:
+    """Whether this is a role and a text."""
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(each, str) for each in turn)
 
 
 def scores_of(folder: Path) -> dict[int, dict[str, Any]]:

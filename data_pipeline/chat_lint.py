@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.chat import scores_of, sizes
+from data_pipeline.chat import is_turn, scores_of, sizes
 from data_pipeline.chat_plan import SET
 from data_pipeline.errors import InputError
 from data_pipeline.index import TEXT_FIELDS, load_index, read_member
@@ -84,11 +84,6 @@ def fault(turns: Any, pictures: int, seen: bool = False, asked: bool = False) ->
         yield "missing picture", f"{marks} marks {MARK} for {pictures} pictures"
     elif seen and not pictures:
         yield "no picture", "the projector learns nothing from words alone"
-
-
-def is_turn(turn: object) -> bool:
-    """Whether this is a role and a text."""
-    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(each, str) for each in turn)
 
 
 def lacking(metadata: Mapping[str, Any], numbers: Sequence[str], present: Sequence[str]) -> Iterator[tuple[str, str]]:

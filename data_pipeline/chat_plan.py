@@ -49,7 +49,7 @@ class PackedPlan:
         taken = set[int]()
         while True:
             draw = self._next()
-            length = self.lengths[draw.index]
+            length = max(1, self.lengths[draw.index])  # what will be left out must not come without end
             empty = [rank for rank, part in enumerate(parts) if not part]
             place = empty[0] if empty else max(range(self.world_size), key=lambda rank: room[rank])
             if not empty and (length > room[place] or draw.index in taken):

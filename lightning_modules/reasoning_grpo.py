@@ -403,6 +403,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             "buffer": [] if self.buffer is None else self.buffer.state(),
             "shift": getattr(self.algorithm, "shift", None),
             "idle": self.idle,
+            "refused": self.refused,
             "asked": self.asked,
         }
         checkpoint["grpo"] = {
@@ -420,4 +421,5 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             self.buffer.answers = [Answer.of(state) for state in shares.share(devices, "buffer")]
         if (shift := shares.beside(devices, "shift")) is not None:
             self.algorithm.shift = shift  # type: ignore[attr-defined]
-        self.asked, self.idle = shares.counted(devices, "asked"), shares.beside(devices, "idle")
+        self.asked = shares.counted(devices, "asked")
+        self.idle, self.refused = (shares.beside(devices, name) for name in ("idle", "refused"))

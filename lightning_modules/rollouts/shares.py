@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -16,8 +17,14 @@ def gathered(own: Holding) -> list[Holding]:
     if size == 1:
         return [own]
     found: list[Any] | None = [None] * size if rank == 0 else None
-    dist.gather_object(own, found)
+    dist.gather_object(own, found, group=on_cpus(dist.get_backend()))
     return found or []
+
+
+@cache
+def on_cpus(backend: str) -> Any:
+    """Processes that talk without GPUs, whose memory would have to hold all of it; None where they do anyway."""
+    return None if backend == "gloo" else dist.new_group(backend="gloo")
 
 
 def share(saved: Sequence[Holding], name: str) -> list[Any]:

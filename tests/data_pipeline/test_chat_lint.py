@@ -9,9 +9,10 @@ import pytest
 import torch
 from micro_r1v import micro_r1v
 
-from data_pipeline import chat_lint
+from data_pipeline import chat, chat_lint
 from data_pipeline.chat import load_chats, pictures
 from data_pipeline.chat_lint import fault, faults
+from data_pipeline.errors import InputError
 from data_pipeline.shards import write_shard
 from data_pipeline.sources import SceneQuestions
 from lightning_modules.networks.layout import Layout, LayoutError
@@ -57,9 +58,13 @@ def test_a_turn_that_is_no_text_is_named() -> None:
 
 @pytest.mark.parametrize("text", ["{half", "[1, 2]", '{"metadata": [1]}'])
 def test_a_record_that_is_no_object_is_named(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_lint, "read_member", lambda record, name: text)
-    (line,) = faults(damaged(tmp_path / "shards"))
+    for module in (chat, chat_lint):
+        monkeypatch.setattr(module, "read_member", lambda record, name: text)
+    folder = damaged(tmp_path / "shards")
+    (line,) = faults(folder)
     assert line.startswith("8 of 8 conversations: unreadable, such as ")
+    with pytest.raises(InputError, match="'unreadable': 8"):  # and none is trained on
+        load_chats([str(folder)], {}, {})
 
 
 def damaged(folder: Path) -> Path:
