@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import json
@@ -57,10 +58,17 @@ RECIPE = pocket.Recipe(
 )
 
 
+def session_folder() -> Path:
+    """A folder that goes when the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @functools.cache
 def built() -> Path:
     """One folder for the whole test session."""
-    return pocket.checkpoint_folder("pocket", Path(tempfile.mkdtemp(prefix="micro-")), RECIPE)
+    return pocket.checkpoint_folder("pocket", session_folder(), RECIPE)
 
 
 def micro_folder(path: Path) -> Path:
@@ -77,7 +85,7 @@ VLM_RECIPE = pocket_vlm.VlmRecipe(
 @functools.cache
 def built_vlm() -> Path:
     """One untrained vision-language model for the whole test session."""
-    return pocket_vlm.vlm_folder("pocket", Path(tempfile.mkdtemp(prefix="micro-")), VLM_RECIPE)
+    return pocket_vlm.vlm_folder("pocket", session_folder(), VLM_RECIPE)
 
 
 def micro_metaquery(path: Path, reference: str = "both", **reading: object) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 
 import torch
+from micro import session_folder
 
 from data_pipeline.recipe import Recipe as DataRecipe
 from data_pipeline.sources import SceneQuestions
@@ -25,7 +25,7 @@ RECIPE = Recipe(
 @functools.cache
 def root() -> Path:
     """One folder of parts for the whole test session."""
-    return Path(tempfile.mkdtemp(prefix="micro-r1v-"))
+    return session_folder()
 
 
 def part(name: str) -> Path:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from chains import folder as reasoner_folder
-from micro import built, built_vlm, judged_shards, micro_metaquery, micro_shards, tiny_vlm
+from micro import built, built_vlm, judged_shards, micro_metaquery, micro_shards, session_folder, tiny_vlm
 from micro_r1v import part, question_shards
 
 Settings = dict[str, Any]
@@ -112,7 +111,7 @@ def serve(data: Settings, model: Settings, folder: Path) -> None:
 @functools.cache
 def root() -> Path:
     """What all tests of a session learn from."""
-    return Path(tempfile.mkdtemp(prefix="miniature-"))
+    return session_folder()
 
 
 @functools.cache
