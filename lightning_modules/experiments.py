@@ -322,11 +322,14 @@ def run_missing(
     """Runs what is not finished, all arms of one seed before the next; yields what failed, and goes on with others."""
     threads = None if jobs == 1 else max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // jobs)
 
-    def run_chain(arm: str, seed: int) -> None:
+    def run_chain(arm: str, seed: int) -> bool:
+        ran = False
         for each in chain(experiment, folder.name, arm, seed):
             if not each.finished:
+                ran = True
                 print(f"{arm}, seed {seed}: {each.name}", flush=True)
                 print(f"{each.name}: {each.fit(threads):.1f} minutes", flush=True)
+        return ran
 
     order = in_turn({arm: experiment.arms[arm] for arm in arms})
     with ThreadPoolExecutor(jobs) as pool:
@@ -336,9 +339,8 @@ def run_missing(
                 if isinstance(error := one.exception(), InputError):
                     print(f"  {error}", flush=True)
                     yield f"failed: {error}"
-                elif error is not None:
-                    raise error
-                table(experiment, folder, seeds)
+                elif one.result():
+                    table(experiment, folder, seeds)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
