@@ -214,6 +214,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         """Negative log-likelihood of the answers, and how many tokens they have.
 
         A token counts alike on all devices: each device's mean is weighed by what its share of all weights is.
+        Micro-batches that are accumulated count alike each, however many tokens they have.
         """
         if not rows.samples:  # other devices have some, and wait for this one's gradients
             nothing = [0.0 * p.sum() for _, p in self.trainable_parameters()]
