@@ -213,13 +213,16 @@ def trained(
 
 
 def main(output: Path, names: list[str]) -> None:
-    """Trains each variant and writes what it gave; "NAME+resumed" goes on from the middle of NAME. "pictures" and
-    "answers" are reinforced."""
+    """Trains each variant and writes what it gave; "NAME+resumed" goes on from the middle of NAME. "pictures",
+    "answers" and "shared" are reinforced."""
     torch.set_num_threads(1)
     for name in names:
-        if name in ("pictures", "answers"):
-            from parallel_rl import stopped  # which takes seconds, and the others need nothing of it
+        if name in ("pictures", "answers", "shared"):
+            from parallel_rl import shared, stopped  # which takes seconds, and the others need nothing of it
 
+            if name == "shared":
+                shared(output)
+                continue
             (output / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(stopped(output, name)))
             continue
         plain, _, resumed = name.partition("+")

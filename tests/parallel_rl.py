@@ -1,4 +1,4 @@
-"""Reinforcement on several processes that is stopped while rollouts wait for an update; `parallel.py` runs it."""
+"""Reinforcement on several processes, whole and stopped while rollouts wait for an update; `parallel.py` runs it."""
 
 from __future__ import annotations
 
@@ -58,10 +58,11 @@ def answers() -> tuple[L.LightningModule, list[Any]]:
 
 def trained(module: L.LightningModule, batches: Sequence[Any], folder: Path, callbacks: list[L.Callback]) -> None:
     """Trains on all ranks; without a callback that saves, from where another run saved."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     trainer = L.Trainer(
         accelerator="cpu",
-        strategy="ddp",
-        devices=int(os.environ["WORLD_SIZE"]),
+        strategy="ddp" if world > 1 else "auto",
+        devices=world,
         max_steps=UPDATES,
         max_epochs=-1,
         logger=False,
@@ -74,6 +75,26 @@ def trained(module: L.LightningModule, batches: Sequence[Any], folder: Path, cal
     )
     resume = None if callbacks else folder / "stopped.ckpt"
     trainer.fit(module, DataLoader(rl.Stream(batches), batch_size=None), ckpt_path=resume)
+
+
+class SaveWeights(L.Callback):
+    """What each rank has learned."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(pl_module.state_dict(), self.folder / f"shared-{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+def shared(output: Path) -> None:
+    """Four groups an update: in two micro-batches of one rank, or in one of each of two."""
+    rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    settings = Regularisation(old_rate=0.5, velocity_kl=0.1)
+    module = rl.made(os.environ.get("MICRO_FOLDER") or str(built()), regularisation=settings)
+    whole = [rl.prompts(i) for i in range(UPDATES)]
+    mine = [each.rows(rank * len(each) // world, (rank + 1) * len(each) // world) for each in whole]
+    trained(module, mine, output, [SaveWeights(output)])
 
 
 def state(module: L.LightningModule) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import chains
+import parallel_rl
 import pytest
 import torch
 from micro import built
@@ -76,7 +77,7 @@ def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, several ways."""
     output = tmp_path_factory.mktemp("parallel")
     names = "ddp", "sharded", "sharded_accumulated", "sharded+resumed", "low_ddp", "low_sharded"
-    two_ranks(output, *names, "both_ddp_accumulated", "both_sharded_accumulated", "pictures", "answers")
+    two_ranks(output, *names, "both_ddp_accumulated", "both_sharded_accumulated", "pictures", "answers", "shared")
     return output
 
 
@@ -168,6 +169,15 @@ def test_reinforcement_goes_on_with_what_waited_on_each_rank(name: str, parallel
         assert not found["alike"] and all(held["waiting"] for held in found["held"])
         assert all(held["anchor" if name == "pictures" else "buffer"] for held in found["held"])
     assert ranks[0]["whole"]["weights"] == ranks[1]["whole"]["weights"]
+
+
+def test_reinforcement_on_two_ranks_learns_what_one_does(parallel: Path, tmp_path: Path) -> None:
+    parallel_rl.shared(tmp_path)
+    files = tmp_path / "shared-1-0.pt", parallel / "shared-2-0.pt", parallel / "shared-2-1.pt"
+    one, *two = (torch.load(file, weights_only=True) for file in files)
+    for name, weights in one.items():
+        assert torch.equal(two[0][name], two[1][name])
+        torch.testing.assert_close(two[0][name], weights, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["again", "cheap"])

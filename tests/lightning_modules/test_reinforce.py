@@ -11,13 +11,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import StableDiffusion3Pipeline
 from jsonargparse import ArgumentParser
 from micro import Brightness, micro_folder
 from rl import SAMPLING, made, prompts, trained, watched
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.errors import InputError
@@ -171,45 +169,6 @@ def test_an_update_waits_until_enough_groups_teach_something(folder: str, tmp_pa
     updates = watched(module)
     trained(module, [prompts(i) for i in range(9)], 2, tmp_path)
     assert updates == [["k0-0", "k1-0", "k2-0", "k3-0"], ["k4-0", "k5-0", "k6-0", "k7-0"]]
-
-
-class Share(IterableDataset):
-    """Each device's rows of every batch."""
-
-    def __init__(self, batches: Sequence[ImageBatch]) -> None:
-        self.batches = batches
-
-    def __iter__(self):
-        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        for batch in self.batches:
-            yield batch.rows(rank * len(batch) // size, (rank + 1) * len(batch) // size)
-
-
-class SaveWeights(L.Callback):
-    """What each device has learned."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        torch.save(pl_module.state_dict(), self.folder / f"{trainer.world_size}-{trainer.global_rank}.pt")
-
-
-@pytest.mark.slow
-def test_two_devices_learn_what_one_does(folder: str, tmp_path: Path) -> None:
-    """Four groups of an update: in two micro-batches of one device, or in one of each of two."""
-    for options in ({"devices": 1}, {"devices": 2, "strategy": "ddp_fork"}):
-        module = made(folder, regularisation=Regularisation(old_rate=0.5, velocity_kl=0.1))
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=3, max_epochs=-1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[SaveWeights(tmp_path)],
-            default_root_dir=tmp_path, **options,
-        )  # fmt: skip
-        trainer.fit(module, DataLoader(Share([prompts(i) for i in range(3)]), batch_size=None))
-    one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    for name, weights in one.items():
-        assert torch.equal(two[0][name], two[1][name])
-        torch.testing.assert_close(two[0][name], weights, atol=1e-4, rtol=1e-4)
 
 
 def test_pictures_of_several_shapes_are_learned_from_in_batches_of_their_own(folder: str, tmp_path: Path) -> None:
