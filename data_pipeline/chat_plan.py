@@ -21,8 +21,9 @@ class PackedPlan:
     """The same order, as many conversations a rank and batch as have a number of tokens together.
 
     A batch takes conversations in their order, each for the rank that has most room, until one comes that no rank has
-    room for: it begins the next batch. So all ranks have some, none has more than its tokens, unless one conversation
-    alone does, and the state is the place in the order, as of a plan by numbers.
+    room for: it begins the next batch, and so does one that is in it already, from the epoch before. So all ranks have
+    some, none has more than its tokens, unless one conversation alone does, and the state is the place in the order, as
+    of a plan by numbers.
 
     Args:
         lengths: tokens of each conversation.
