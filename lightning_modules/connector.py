@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import draw
@@ -270,10 +269,6 @@ class ConnectorModule(GradientHooks, L.LightningModule):
             self._encoder = LatentEncoder.from_pretrained(str(checkpoint_folder(self.pretrained)))
         return self._encoder
 
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters that the optimiser moves."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         loss = self.flow_matching_loss(batch)
         self.evaluations += (self.passes + (self._texts is not None)) * len(batch)
@@ -398,8 +393,7 @@ class ConnectorModule(GradientHooks, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen weights."""
-        trained = dict(self.trainable_parameters())
-        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        self.drop_frozen(checkpoint)
         checkpoint["evaluations"] = self.evaluations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ verl-omni, whose divergence of two steps of equal noise, |mu - mu_T|^2 / (2 s^2)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import counter_seed, draw
@@ -182,10 +180,6 @@ class DistillModule(GradientHooks, L.LightningModule):
         """The frozen autoencoder, for the data's cache."""
         return LatentEncoder.from_pretrained(str(checkpoint_folder(self.pretrained)))
 
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters that the optimiser moves."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         batch = self._encoder.encode_batch(batch)
         student = self.student(batch)
@@ -253,8 +247,7 @@ class DistillModule(GradientHooks, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops what is constant: the positional table, and the weights that adapters are added to."""
-        trained = dict(self.trainable_parameters())
-        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        self.drop_frozen(checkpoint)
         checkpoint["evaluations"] = self.evaluations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.errors import InputError
@@ -105,10 +103,6 @@ class EditRewardModule(GradientHooks, L.LightningModule):
         """Folders, and what they must be, for doctor."""
         return {self.pretrained: "model" if self.tower is None else "image"}
 
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters that the optimiser moves."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
     def on_train_start(self) -> None:
         """Sets the mode in which transformers recomputes; until here a model is in the other one."""
         if self.tower is None:
@@ -167,8 +161,7 @@ class EditRewardModule(GradientHooks, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen weights."""
-        trained = dict(self.trainable_parameters())
-        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        self.drop_frozen(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         shapes = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -54,10 +54,19 @@ def require_norm_clipping(trainer: Any) -> None:
 
 
 class GradientHooks:
-    """Lightning's hooks about gradients, for stages that set `_gradients` in configure_optimizers; before
-    LightningModule among their bases."""
+    """What stages do alike with the parameters that they train, and Lightning's hooks about gradients; for those that
+    set `_gradients` in configure_optimizers, before LightningModule among their bases."""
 
     _gradients: Gradients
+
+    def trainable_parameters(self: Any) -> Iterator[tuple[str, Parameter]]:
+        """Names and parameters that the optimiser moves."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def drop_frozen(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves in a checkpoint the weights that are trained, and no constant or frozen ones."""
+        trained = dict(self.trainable_parameters())
+        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
 
     def configure_gradient_clipping(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from data_pipeline.batches import TASKS, ImageBatch
 from data_pipeline.counters import draw
@@ -236,10 +235,6 @@ class KontextModule(GradientHooks, L.LightningModule):
             self._encoder = LatentEncoder.from_pretrained(str(checkpoint_folder(self.pretrained)))
         return self._encoder
 
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters that the optimiser moves."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         loss = self.flow_matching_loss(batch)
         self.evaluations += self.passes * len(batch)
@@ -323,8 +318,7 @@ class KontextModule(GradientHooks, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops what is constant: the positional table, and the weights that adapters are added to."""
         checkpoint["evaluations"] = self.evaluations
-        trained = dict(self.trainable_parameters())
-        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        self.drop_frozen(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Names every weight that does not fit before any is copied."""

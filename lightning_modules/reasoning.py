@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from data_pipeline.chat import Chat, in_batches, sizes
 from data_pipeline.chat_batches import ChatBatch
@@ -160,10 +159,6 @@ class R1VModule(GradientHooks, L.LightningModule):
             return None
         config = assembled(vision, language, self.max_tiles)
         return Layout.planned(config, tokenizer_of(language, config["llm_config"]["vocab_size"]), self.context)
-
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters that the optimiser moves."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
         """Chooses an iteration's data, unless a checkpoint says what was chosen; measures it for batches of tokens."""
@@ -338,8 +333,7 @@ class R1VModule(GradientHooks, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Drops frozen weights."""
-        trained = dict(self.trainable_parameters())
-        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        self.drop_frozen(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         shapes = [

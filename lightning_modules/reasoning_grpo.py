@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from data_pipeline.chains import split
 from data_pipeline.chat_batches import ChatBatch
@@ -165,10 +164,6 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         config = read_json(folder / "config.json")
         tokenizer = tokenizer_of(folder, config["llm_config"]["vocab_size"])
         return Layout.planned(config, tokenizer, self.context - self.sampling.max_new_tokens)
-
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters that the optimiser moves."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def training_step(self, batch: ChatBatch, batch_idx: int) -> None:
         questions = self.questions(batch)
@@ -396,8 +391,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the reference, what waits for an update, the buffer and the counts; drops frozen weights."""
-        trained = dict(self.trainable_parameters())
-        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        self.drop_frozen(checkpoint)
         own = {
             "waiting": [[answer.state() for answer in moved(group, "cpu")] for group in self.waiting],
             "buffer": [] if self.buffer is None else self.buffer.state(),
@@ -407,7 +401,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
             "asked": self.asked,
         }
         checkpoint["grpo"] = {
-            "copies": self.snapshots.copies,
+            "copies": self.snapshots.state(),
             "updates": self.updates,
             "devices": shares.gathered(own),
         }
@@ -415,7 +409,8 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_state(Path(self.pretrained), dict(self.trainable_parameters()), checkpoint["state_dict"])
         saved, devices = checkpoint["grpo"], checkpoint["grpo"]["devices"]
-        self.snapshots.copies, self.updates = saved["copies"], saved["updates"]
+        self.snapshots.load(saved["copies"])
+        self.updates = saved["updates"]
         self.waiting = [[Answer.of(state) for state in group] for group in shares.share(devices, "waiting")]
         if self.buffer is not None:
             self.buffer.answers = [Answer.of(state) for state in shares.share(devices, "buffer")]

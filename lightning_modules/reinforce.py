@@ -15,7 +15,6 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from data_pipeline.batches import ImageBatch
 from data_pipeline.counters import counter_seed, draw
@@ -183,10 +182,6 @@ class ReinforceModule(GradientHooks, L.LightningModule):
     def latent_encoder(self) -> LatentEncoder:
         """The frozen autoencoder, for the data's cache."""
         return LatentEncoder.from_pretrained(str(checkpoint_folder(self.pretrained)))
-
-    def trainable_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Names and parameters that the optimiser moves."""
-        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def hold_tighter(self, factor: float) -> None:
         """Multiplies the weights of all that holds the policy to its reference."""
@@ -464,8 +459,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the policies that are not trained, what waits for an update, and the counts; drops frozen weights."""
-        trained = dict(self.trainable_parameters())
-        checkpoint["state_dict"] = {n: tensor for n, tensor in checkpoint["state_dict"].items() if n in trained}
+        self.drop_frozen(checkpoint)
         own = {
             "waiting": [(each.facts(), each.to("cpu").tensors()) for each in self.waiting],
             "anchor": None if self.anchor is None else vars(self.anchor.to("cpu")),

@@ -14,7 +14,6 @@ import lightning as L
 import rl
 import torch
 from micro import Brightness, built
-from torch.utils.data import DataLoader
 
 from callbacks.checkpoint_io import AtomicCheckpointIO
 from lightning_modules.rewards.weighted import Weighted
@@ -24,18 +23,6 @@ from lightning_modules.rollouts.settings import Regularisation
 
 BATCHES, UPDATES = 8, 3
 STOPPED = {"pictures": 7, "answers": 5}  # batches, of which the last waits for another
-
-
-class SaveAfter(L.Callback):
-    """Saves a checkpoint after so many batches, wherever the updates are."""
-
-    def __init__(self, batches: int, path: Path) -> None:
-        self.batches, self.path = batches, path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        self.batches -= 1
-        if not self.batches:
-            trainer.save_checkpoint(self.path)
 
 
 def pictures() -> tuple[L.LightningModule, list[Any]]:
@@ -59,22 +46,8 @@ def answers() -> tuple[L.LightningModule, list[Any]]:
 def trained(module: L.LightningModule, batches: Sequence[Any], folder: Path, callbacks: list[L.Callback]) -> None:
     """Trains on all ranks; without a callback that saves, from where another run saved."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        strategy="ddp" if world > 1 else "auto",
-        devices=world,
-        max_steps=UPDATES,
-        max_epochs=-1,
-        logger=False,
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        plugins=[AtomicCheckpointIO()],
-        callbacks=callbacks,
-    )
-    resume = None if callbacks else folder / "stopped.ckpt"
-    trainer.fit(module, DataLoader(rl.Stream(batches), batch_size=None), ckpt_path=resume)
+    settings = {"strategy": "ddp" if world > 1 else "auto", "devices": world, "plugins": [AtomicCheckpointIO()]}
+    rl.trained(module, batches, UPDATES, folder, callbacks, None if callbacks else folder / "stopped.ckpt", **settings)
 
 
 class SaveWeights(L.Callback):
@@ -111,7 +84,7 @@ def stopped(output: Path, name: str) -> dict[str, Any]:
     made = {"pictures": pictures, "answers": answers}[name]
     folder = output / name
     module, batches = made()
-    trained(module, batches, folder, [SaveAfter(STOPPED[name], folder / "stopped.ckpt")])
+    trained(module, batches, folder, [rl.SaveAfter(STOPPED[name], folder / "stopped.ckpt")])
     again, _ = made()
     trained(again, batches[STOPPED[name] :], folder, [])
     saved = torch.load(folder / "stopped.ckpt", weights_only=True)["reinforce" if name == "pictures" else "grpo"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -59,10 +60,28 @@ class Stream(IterableDataset):
         return iter(self.batches)
 
 
+class SaveAfter(L.Callback):
+    """Saves a checkpoint after so many batches, wherever the updates are."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        self.batches -= 1
+        if not self.batches:
+            trainer.save_checkpoint(self.path)
+
+
 def trained(
-    module: L.LightningModule, batches: Sequence[ImageBatch], steps: int, root: Path, callbacks=(), **options
+    module: L.LightningModule,
+    batches: Sequence[Any],
+    steps: int,
+    root: Path,
+    callbacks: Sequence[L.Callback] = (),
+    resume: Path | None = None,
+    **options: Any,
 ) -> L.Trainer:
-    """Trains on the batches until there were so many optimiser steps."""
+    """Trains on the batches until there were so many optimiser steps; `options` are the Trainer's."""
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -73,8 +92,9 @@ def trained(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        **options,
     )
-    trainer.fit(module, DataLoader(Stream(batches), batch_size=None), **options)
+    trainer.fit(module, DataLoader(Stream(batches), batch_size=None), ckpt_path=resume)
     return trainer
 
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from chains import SAMPLING, Vowels, asked, grpo
-from rl import trained
+from rl import SaveAfter, trained
 
 from data_pipeline.errors import InputError
 from lightning_modules.networks.layout import Sample
@@ -34,18 +33,6 @@ def watched(module: ReasoningGrpoModule) -> dict[str, list[float]]:
     seen: dict[str, list[float]] = {}
     module.log = lambda name, value, **_: seen.setdefault(name, []).append(float(value))
     return seen
-
-
-class SaveAfter(L.Callback):
-    """Saves a checkpoint after so many batches, wherever the updates are."""
-
-    def __init__(self, batches: int, path: Path) -> None:
-        self.batches, self.path = batches, path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        self.batches -= 1
-        if not self.batches:
-            trainer.save_checkpoint(self.path)
 
 
 def test_the_first_ratio_is_one_and_moves_with_further_updates(tmp_path: Path) -> None:
@@ -118,7 +105,7 @@ def test_training_goes_on_exactly_where_it_stopped_within_an_iteration(tmp_path:
     saved = torch.load(tmp_path / "stop.ckpt", weights_only=True)["grpo"]
     (own,) = saved["devices"]
     assert len(own["waiting"]) == 2 and own["buffer"] and (saved["updates"], own["asked"], own["idle"]) == (2, 24, 0)
-    trained(rest, batches[3:], 8, tmp_path, ckpt_path=tmp_path / "stop.ckpt", weights_only=False)
+    trained(rest, batches[3:], 8, tmp_path, resume=tmp_path / "stop.ckpt")
     for name, p in whole.named_parameters():
         assert torch.equal(p, dict(rest.named_parameters())[name]), name
     assert (rest.updates, rest.asked) == (whole.updates, whole.asked)

@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from jsonargparse import ArgumentParser
 from micro import Brightness, micro_folder
-from rl import SAMPLING, made, prompts, trained, watched
+from rl import SAMPLING, SaveAfter, made, prompts, trained, watched
 from torch import Tensor
 
 from data_pipeline.batches import ImageBatch
@@ -51,18 +51,6 @@ RATIO_BASED = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(micro_folder(tmp_path_factory.mktemp("micro") / "folder"))
-
-
-class SaveAfter(L.Callback):
-    """Saves a checkpoint after so many batches, wherever the updates are."""
-
-    def __init__(self, batches: int, path: Path) -> None:
-        self.batches, self.path = batches, path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        self.batches -= 1
-        if not self.batches:
-            trainer.save_checkpoint(self.path)
 
 
 def sampled(module: ReinforceModule, batch: ImageBatch, tmp_path: Path) -> Rollout:
@@ -265,7 +253,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder: str, task: str, lora
     between = SaveAfter(5, tmp_path / "stopped.ckpt")
     trained(first, batches, 3, tmp_path, callbacks=[between])
     second = made(folder, **changes)
-    trained(second, batches[5:], 4, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", weights_only=False)
+    trained(second, batches[5:], 4, tmp_path, resume=tmp_path / "stopped.ckpt")
     for name, weights in whole.state_dict().items():
         assert torch.equal(weights, second.state_dict()[name]), name
     for name, copy in whole.snapshots.copies["old"].items():
@@ -465,8 +453,9 @@ def test_settings_that_do_not_fit_are_refused(wrong, match: str) -> None:
 
 
 def test_a_step_without_noise_is_allowed_where_nothing_divides_by_it() -> None:
-    made("x", GRPO(window=Window(1, (3, 4))))  # CPS, whose unit is the square alone
-    made("x", GRPO("flow", unit="gaussian", window=Window(1, (3, 4))), regularisation=KL)
+    cps = made("x", GRPO(window=Window(1, (3, 4))))  # CPS, whose unit is the square alone
+    flow = made("x", GRPO("flow", unit="gaussian", window=Window(1, (3, 4))), regularisation=KL)
+    assert cps.algorithm.window.within == flow.algorithm.window.within == (3, 4)
 
 
 def test_a_task_without_a_reward_is_named(folder: str, tmp_path: Path) -> None:
@@ -501,7 +490,7 @@ def test_an_anchored_run_that_was_stopped_goes_on_bit_for_bit(folder: str, tmp_p
     whole, first, second = (editor(folder, 1.0) for _ in range(3))
     trained(whole, batches, 4, tmp_path)
     trained(first, batches, 3, tmp_path, callbacks=[SaveAfter(7, tmp_path / "stopped.ckpt")])
-    trained(second, batches[7:], 4, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", weights_only=False)
+    trained(second, batches[7:], 4, tmp_path, resume=tmp_path / "stopped.ckpt")
     for name, weights in whole.state_dict().items():
         assert torch.equal(weights, second.state_dict()[name]), name
     assert whole.evaluations == second.evaluations
