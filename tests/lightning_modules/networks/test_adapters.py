@@ -95,7 +95,7 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes(tmp_path: Path) -> None:
     trained(part, batches[:2], 2, tmp_path / "part").save_checkpoint(path)
     state = torch.load(path, weights_only=True)["state_dict"]
     assert all(".lora_" in name for name in state)
-    trained(resumed, batches[2:], 4, tmp_path / "resumed", ckpt_path=path)
+    trained(resumed, batches[2:], 4, tmp_path / "resumed", resume=path)
     for (name, p), (_, q) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(p, q), name
 
