@@ -232,7 +232,8 @@ class ConnectorModule(GradientHooks, L.LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         require_norm_clipping(self.trainer)
         pipeline = self.pipeline()
-        attend_in_float32(self.transformer, self.device)
+        for part in (self.transformer, self.conditioner):
+            attend_in_float32(part, self.device)
         if hasattr(data, "sizes"):
             pipeline.require_sizes(data.size_multiple, data.sizes.values())
         self.on_validation_start()

@@ -42,19 +42,27 @@ class KontextAttnProcessor:
         mask = None
         if attention_mask is not None:
             mask = F.pad(attention_mask, (0, key.shape[2] - attention_mask.shape[1]), value=True)[:, None, None, :]
-        if self.in_float32:
-            with torch.autocast(query.device.type, enabled=False):
-                mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
-            mixed = mixed.to(value.dtype)
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        mixed = mixed.transpose(1, 2).flatten(2)
+        mixed = attend(query, key, value, mask, self.in_float32).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return project(attn.to_out, mixed)
         image, text_out = mixed.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
         if not attn.context_pre_only:
             text_out = attn.to_add_out(text_out)
         return project(attn.to_out, image), text_out
+
+
+def attend(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h m d"],
+    value: Float[Tensor, "b h m d"],
+    mask: Bool[Tensor, "b 1 1 m"] | None = None,
+    in_float32: bool = False,
+) -> Float[Tensor, "b h n d"]:
+    """Scaled dot-product attention, in float32 whatever the precision around it is where asked for."""
+    if not in_float32:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with torch.autocast(query.device.type, enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask).to(value.dtype)
 
 
 def heads(

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_modules.networks.attention import KontextAttnProcessor
+from lightning_modules.networks.conditioner import SelfAttention
 from lightning_modules.networks.loading import CheckpointError
 
 Precision = Literal["float32", "bfloat16"]
@@ -65,10 +67,13 @@ def cast_weights(transformer: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def attend_in_float32(transformer: Any, device: torch.device) -> None:
+def attend_in_float32(network: nn.Module, device: torch.device) -> None:
     """On a CPU leaves attention out of lower precision, if there is any; to be called before blocks are compiled."""
-    if device.type == "cpu":
-        transformer.set_attn_processor(KontextAttnProcessor(in_float32=True))
+    for part in network.modules() if device.type == "cpu" else ():
+        if isinstance(part, Attention):
+            part.set_processor(KontextAttnProcessor(in_float32=True))
+        elif isinstance(part, SelfAttention):
+            part.in_float32 = True
 
 
 def recompute_blocks(transformer: Any, what: bool | int | Literal["cheap"]) -> None:

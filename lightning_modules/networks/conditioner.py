@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_modules.networks.attention import attend
 from lightning_modules.networks.loading import CheckpointError, check_weights
 
 RELEASED_CLASS = "StableDiffusion3Conditioner"  # the name in Skywork's config.json
@@ -132,7 +133,9 @@ class Layer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention of several heads."""
+    """Bidirectional attention of several heads; `in_float32` is as KontextAttnProcessor's."""
+
+    in_float32 = False
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(attend(q, k, v, in_float32=self.in_float32).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

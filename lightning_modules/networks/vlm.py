@@ -216,14 +216,16 @@ class Vlm(nn.Module):
         mask = F.pad(kept, (0, count), value=True).long()
         begin = torch.stack([own["position"] for own in prefixes]).to(self.device)
         positions = (begin[:, None] + torch.arange(count, device=self.device)).expand(3, -1, -1)
-        output = self.model.model.language_model(
-            inputs_embeds=queries.to(self.device, dtype).expand(len(prefixes), -1, -1),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=DynamicCache([(k, v) for k, v in stacked]),
-            use_cache=True,
-            output_hidden_states=self.reading.layers != [-1],
-        )
+        # In its own precision, as what stands before was read.
+        with torch.autocast(self.device.type, enabled=False):
+            output = self.model.model.language_model(
+                inputs_embeds=queries.to(self.device, dtype).expand(len(prefixes), -1, -1),
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=DynamicCache([(k, v) for k, v in stacked]),
+                use_cache=True,
+                output_hidden_states=self.reading.layers != [-1],
+            )
         if self.reading.layers == [-1]:
             return output.last_hidden_state
         return torch.cat([output.hidden_states[layer] for layer in self.reading.layers], dim=-1)
