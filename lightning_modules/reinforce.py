@@ -28,13 +28,13 @@ from lightning_modules.needs.images import image_needs
 from lightning_modules.networks.adapters import Lora, add_lora, as_base
 from lightning_modules.networks.autoencoder import decode_latents
 from lightning_modules.networks.compile import compile_blocks
-from lightning_modules.networks.compute import Compute, Precision, attend_in_float32, recompute_blocks
+from lightning_modules.networks.compute import Compute, Precision, attend_in_float32, own_precision, recompute_blocks
 from lightning_modules.networks.footprint import Needs, Workload
 from lightning_modules.networks.kontext_transformer import load_frozen
 from lightning_modules.networks.loading import check_state
 from lightning_modules.networks.snapshots import Snapshots
 from lightning_modules.pipelines import KontextPipeline
-from lightning_modules.pipelines.encoders import LatentEncoder, own_precision
+from lightning_modules.pipelines.encoders import LatentEncoder
 from lightning_modules.pipelines.opening import connected, open_folder, prompts_of, reads_pictures
 from lightning_modules.planning import Run
 from lightning_modules.rewards.protocol import Request
@@ -166,7 +166,7 @@ class ReinforceModule(GradientHooks, L.LightningModule):
             logger.info(self.arithmetic.table())
         self.recording.check(self.batches, self.global_rank, self.trainer.world_size)
         pipeline = self.pipeline()
-        attend_in_float32(pipeline.transformer, self.device)
+        attend_in_float32(self.transformer, self.device)
         if hasattr(data, "sizes"):
             pipeline.require_sizes(data.size_multiple, data.sizes.values())
         self.snapshots.to(self.device)

@@ -67,8 +67,9 @@ def session_folder() -> Path:
 
 @functools.cache
 def built() -> Path:
-    """One folder for the whole test session."""
-    return pocket.checkpoint_folder("pocket", session_folder(), RECIPE)
+    """One folder for the whole test session, of which a parent process may say where it is."""
+    given = os.environ.get("MICRO_FOLDER")
+    return Path(given) if given else pocket.checkpoint_folder("pocket", session_folder(), RECIPE)
 
 
 def micro_folder(path: Path) -> Path:

@@ -170,7 +170,7 @@ def trained(
 ) -> dict[str, Any]:
     """Losses of all micro-batches, the averaged weights, and where the run is."""
     rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    folder = os.environ.get("MICRO_FOLDER") or str(built())
+    folder = str(built())
     optimizer = AdamW(lr=1e-3, warmup_steps=2)
     module = KontextModule(folder, STEPS, 0, optimizer, compile=compile, compute=compute)
     losses: list[float] = []
@@ -218,12 +218,9 @@ def main(output: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
         if name in ("pictures", "answers", "shared"):
-            from parallel_rl import shared, stopped  # which takes seconds, and the others need nothing of it
+            from parallel_rl import reinforced  # which takes seconds, and the others need nothing of it
 
-            if name == "shared":
-                shared(output)
-                continue
-            (output / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(stopped(output, name)))
+            reinforced(output, name)
             continue
         plain, _, resumed = name.partition("+")
         checkpoint = output / plain / "checkpoints" / "step_00000003.ckpt" if resumed else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ def pictures() -> tuple[L.LightningModule, list[Any]]:
     """Two batches an update and rank, all different; captions hold the policy on pictures of each rank's own."""
     rank = int(os.environ["RANK"])
     settings = {"sampling": replace(rl.SAMPLING, groups=8), "regularisation": Regularisation(anchor=1.0, old_rate=0.5)}
-    module = rl.made(os.environ.get("MICRO_FOLDER") or str(built()), **settings)
+    module = rl.made(str(built()), **settings)
     module.rewards = {"bright": Weighted(Brightness(), tasks=["edit"])}
     tasks = ["text_to_image" if i in (0, 4) else "edit" for i in range(BATCHES)]
     return module, [rl.prompts(2 * i + rank, task, 2) for i, task in enumerate(tasks)]
@@ -64,7 +65,7 @@ def shared(output: Path) -> None:
     """Four groups an update: in two micro-batches of one rank, or in one of each of two."""
     rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     settings = Regularisation(old_rate=0.5, velocity_kl=0.1)
-    module = rl.made(os.environ.get("MICRO_FOLDER") or str(built()), regularisation=settings)
+    module = rl.made(str(built()), regularisation=settings)
     whole = [rl.prompts(i) for i in range(UPDATES)]
     mine = [each.rows(rank * len(each) // world, (rank + 1) * len(each) // world) for each in whole]
     trained(module, mine, output, [SaveWeights(output)])
@@ -91,3 +92,11 @@ def stopped(output: Path, name: str) -> dict[str, Any]:
     held = [{what: len(each.get(what) or ()) for what in ("waiting", "buffer", "anchor")} for each in saved["devices"]]
     keys = [str(each["waiting"])[:2000] for each in saved["devices"]]
     return {"whole": state(module), "resumed": state(again), "held": held, "alike": keys[0] == keys[1]}
+
+
+def reinforced(output: Path, name: str) -> None:
+    """Reinforces what is named on this rank, and writes what it gave."""
+    if name == "shared":
+        shared(output)
+    else:
+        (output / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(stopped(output, name)))

@@ -67,6 +67,11 @@ def cast_weights(transformer: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def own_precision(module: Any) -> torch.autocast:
+    """Without autocast: within a training step and ahead of it, a frozen model gives the same bits."""
+    return torch.autocast(module.device.type, enabled=False)
+
+
 def attend_in_float32(network: nn.Module, device: torch.device) -> None:
     """On a CPU leaves attention out of lower precision, if there is any; to be called before blocks are compiled."""
     for part in network.modules() if device.type == "cpu" else ():

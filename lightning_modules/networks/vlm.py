@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 from lightning_modules.networks.adapters import has_adapters, merged_state
+from lightning_modules.networks.compute import own_precision
 from lightning_modules.networks.loading import CheckpointError, load_text_encoder
 
 # The system turn that Qwen2.5-VL's template adds by itself; UniPic 2.0's scripts cut it out of the template.
@@ -216,8 +217,7 @@ class Vlm(nn.Module):
         mask = F.pad(kept, (0, count), value=True).long()
         begin = torch.stack([own["position"] for own in prefixes]).to(self.device)
         positions = (begin[:, None] + torch.arange(count, device=self.device)).expand(3, -1, -1)
-        # In its own precision, as what stands before was read.
-        with torch.autocast(self.device.type, enabled=False):
+        with own_precision(self):
             output = self.model.model.language_model(
                 inputs_embeds=queries.to(self.device, dtype).expand(len(prefixes), -1, -1),
                 attention_mask=mask,

@@ -22,7 +22,7 @@ from data_pipeline.batches import ImageBatch, collate_references
 from data_pipeline.cache import Features, FeatureStore
 from data_pipeline.counters import draw
 from lightning_modules.networks.autoencoder import encode_moments, sample_latents
-from lightning_modules.networks.compute import Compute, Precision
+from lightning_modules.networks.compute import Compute, Precision, own_precision
 from lightning_modules.networks.loading import check_weights
 from lightning_modules.pipelines.kontext import FROZEN, TEXT_ENCODERS, TOKENIZERS, KontextPipeline
 from lightning_modules.pipelines.later import origin_of
@@ -45,11 +45,6 @@ def weights_of(*modules: nn.Module) -> str:
             bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + bits.numpy().tobytes())
     return digest.hexdigest()
-
-
-def own_precision(module: Any) -> torch.autocast:
-    """Without autocast: within a training step and ahead of it, an encoder gives the same bits."""
-    return torch.autocast(module.device.type, enabled=False)
 
 
 class LatentEncoder:

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data_pipeline.cache import FeatureStore
+from lightning_modules.networks.compute import own_precision
 from lightning_modules.networks.vlm import Features, Pictures
-from lightning_modules.pipelines.encoders import config_of, own_precision, weights_of
+from lightning_modules.pipelines.encoders import config_of, weights_of
 from lightning_modules.pipelines.metaquery import ROWS, MetaqueryPipeline
 
 
