@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 POCKET = "pocket/"
 KEEP_EVERY = 250  # steps of training, from which an interrupted build goes on
-# Where a thing is that is named by colour and shape is learned last, so it is asked more often.
-PRACTISED = (*KINDS, "look", "look", "relate", "relate")
+# Where a thing is that is named by colour and shape, and which are of a kind, is learned last, so it is asked more.
+PRACTISED = (*KINDS, "look", "look", "relate", "relate", "count", "compare")
 END = {"chat": "<|im_end|>", "think": "<|end|>"}
 SPECIALS = ["<|pad|>", "<|im_start|>", *END.values(), "<|User|>", "<|Assistant|>", "<think>", "</think>"]
 # Qwen's and R1's manners: the second opens the thoughts itself and drops those of earlier turns.
@@ -73,7 +73,7 @@ class LanguageRecipe:
     context: int = 128
     rows: int = 24
     chats: float = 0.4
-    base_steps: int = 3000
+    base_steps: int = 4500
     tuned_steps: int = 300
     base_lr: float = 4e-3
     tuned_lr: float = 3e-4

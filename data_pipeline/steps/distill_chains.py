@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from data_pipeline.chains import CLOSE, OPEN, final_answer, split
 from data_pipeline.endpoint import Endpoint, Unanswered, json_object
-from data_pipeline.length_control import LengthControl
+from data_pipeline.length_control import Brevity, LengthControl
 from data_pipeline.records import ReasoningRecord, Record, Rejected
 from data_pipeline.steps.chain_grades import grade_in, rubric, same, true_grade
 
@@ -46,8 +46,8 @@ class Generator(Protocol):
     def fingerprint(self) -> str:
         """A short hash of the weights and of how it samples."""
 
-    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated]:
-        """An answer to each record's question, sampled under its repetition penalty."""
+    def generate(self, records: Sequence[Record], brevities: Sequence[Brevity]) -> list[Generated]:
+        """An answer to each record's question, sampled as briefly as is asked."""
 
 
 class Judgement(NamedTuple):
@@ -72,15 +72,15 @@ class ChainJudge(Protocol):
 class DistillChains:
     """Replaces each conversation's last answer by the model's own, which a judge kept or rewrote.
 
-    Metadata gain `cot_penalty`, `cot_tokens`, `cot_decision` and `cot_note`; configs/data/distill_chains.yaml makes
-    columns of them. A record without the scores that lengths are controlled by, a chain that is cut off, one that the
-    judge rejects, and a judge's nonsense are each a rejection with a name of its own; the share of all rejections is
-    bounded by the recipe's `max_rejected`.
+    Metadata gain `cot_penalty`, `cot_end_bias`, `cot_tokens`, `cot_decision` and `cot_note`;
+    configs/data/distill_chains.yaml makes columns of them. A record without the scores that lengths are controlled by,
+    a chain that is cut off, one that the judge rejects, and a judge's nonsense are each a rejection with a name of its
+    own; the share of all rejections is bounded by the recipe's `max_rejected`.
 
     Args:
         generator: the model.
         judge: of chains.
-        control: of lengths; None generates without a penalty.
+        control: of lengths; None generates without one.
         graded: the name in the metadata, such as score, under which the judge's grade of the new chain replaces that of
             the one before, which says nothing of the new one: an iteration's threshold chooses by it. "" replaces none.
     """
@@ -90,19 +90,19 @@ class DistillChains:
     control: LengthControl | None = None
     graded: str = ""
     batch_size: int = 256
-    _penalties: Mapping[str, float] | None = field(default=None, init=False, repr=False, compare=False)
+    _brevities: Mapping[str, Brevity] | None = field(default=None, init=False, repr=False, compare=False)
 
     def rewrite(self, records: Sequence[Record]) -> list[Record | Rejected]:
         """Each record with its new chain."""
-        if self._penalties is None:
-            self._penalties = {} if self.control is None else self.control.penalties()
-        known, free = self._penalties, self.control is None
+        if self._brevities is None:
+            self._brevities = {} if self.control is None else self.control.brevities()
+        known, free = self._brevities, self.control is None
         asked = [r for r in records if isinstance(r, ReasoningRecord) and (free or r.key in known)]
-        penalties = [known.get(record.key, 1.0) for record in asked]
-        said = self.generator.generate(asked, penalties)
+        brevities = [known.get(record.key, Brevity()) for record in asked]
+        said = self.generator.generate(asked, brevities)
         threads = getattr(getattr(self.judge, "endpoint", None), "threads", 1)
         with ThreadPoolExecutor(threads) as pool:
-            done = dict(zip((r.key for r in asked), pool.map(self._judged, asked, said, penalties), strict=True))
+            done = dict(zip((r.key for r in asked), pool.map(self._judged, asked, said, brevities), strict=True))
         return [done[r.key] if r.key in done else self._unasked(r) for r in records]
 
     def _unasked(self, record: Record) -> Rejected:
@@ -112,7 +112,7 @@ class DistillChains:
         assert self.control is not None
         return Rejected(record.key, "no scores", f"{self.control.scores} has none; its cot_note says why")
 
-    def _judged(self, record: ReasoningRecord, said: Generated, penalty: float) -> Record | Rejected:
+    def _judged(self, record: ReasoningRecord, said: Generated, brevity: Brevity) -> Record | Rejected:
         if said.refused:
             return Rejected(record.key, "cannot be asked", said.refused)
         if not said.ended or not split(said.text).closed:
@@ -125,7 +125,8 @@ class DistillChains:
             return Rejected(record.key, "chain rejected", found.note)
         if self.graded and found.grade is None:
             return Rejected(record.key, "judge unusable", "it decides and gives no grade from 0 to 5")
-        facts = {"cot_penalty": penalty, "cot_tokens": said.tokens, "cot_decision": found.decision}
+        control = {"cot_penalty": brevity.penalty, "cot_end_bias": brevity.end_bias}
+        facts = {**control, "cot_tokens": said.tokens, "cot_decision": found.decision}
         grade = {self.graded: found.grade} if self.graded else {}
         metadata = {**record.metadata, **grade, **facts, "cot_note": found.note}
         turns = (*before_answer(record), ("assistant", opened(found.chain)))

@@ -6,7 +6,6 @@ the highest third by the weighted scores that the control itself goes by.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,11 +14,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from data_pipeline.errors import InputError
-from data_pipeline.length_control import SCORES, normalised, penalty
+from data_pipeline.length_control import SCORES, end_bias, hard_third, hardness, normalised, penalty
 from data_pipeline.records import EncodedImage, ReasoningRecord
 from data_pipeline.scenes.questions import Question
 from data_pipeline.scenes.world import Scene
@@ -43,7 +41,7 @@ class Sweep:
         questions: of held-out scenes.
         alphas: strengths of the paper's penalty.
         weights: beta and gamma of each.
-        end_biases: strengths of the other control, which adds `end_bias` to the logit of `</think>`.
+        end_biases: strengths of the other control, which adds `end_bias` to the logits of the end of thoughts.
         max_new_tokens: of an answer.
         samples: at a time.
         output: a Markdown file.
@@ -96,11 +94,6 @@ def scores(items: Sequence[tuple[Scene, Question]], mode: str) -> list[list[floa
     return [[normalised(row[name], *limits[name]) for name in SCORES] for row in rows]
 
 
-def hardness(values: Sequence[float], beta: float, gamma: float) -> float:
-    """The weighted mean that the penalty falls with."""
-    return (values[0] + beta * values[1] + gamma * values[2]) / (1 + beta + gamma)
-
-
 def said(
     model: R1VModel, items: Sequence[tuple[Scene, Question]], decodings: Sequence[Decoding], sweep: Sweep
 ) -> list[Said]:
@@ -119,15 +112,6 @@ def said(
                 text = model.tokenizer.decode([t for t in tokens.tolist() if t != model.tokenizer.eos_token_id])
                 found[i] = Said(len(tokens), answer_of(str(text)) == items[i][1].answer)
     return [found[i] for i in range(len(items))]
-
-
-def end_bias(strength: float, hardness: float, hard: float) -> float:
-    """strength x max(0, 1 - hardness / hard): none from `hard` on, where the hard third begins.
-
-    >>> end_bias(4.0, 0.25, 0.5), end_bias(4.0, 0.6, 0.5)
-    (2.0, 0.0)
-    """
-    return strength * max(0.0, 1 - hardness / hard) if hard > 0 else 0.0
 
 
 def decoding_for(control: str, strength: float, sweep: Sweep) -> Decoding:
@@ -160,15 +144,15 @@ def run(sweep: Sweep) -> list[Row]:
     for beta, gamma in sweep.weights:
         hard = [hardness(v, beta, gamma) for v in values]
         for alpha in sweep.alphas:
-            each = [decoding_for("repetition", penalty(v, alpha, beta, gamma), sweep) for v in values]
+            each = [decoding_for("repetition", penalty(h, alpha), sweep) for h in hard]
             setting = alpha, beta, gamma
             rows.append(compared("repetition", setting, hard, before, said(model, items, each, sweep)))
             print(line(rows[-1]), flush=True)
     beta, gamma = sweep.weights[0]
     hard = [hardness(v, beta, gamma) for v in values]
-    begins = sorted(hard)[-(len(hard) // 3)]
+    third = hard_third(hard)
     for strength in sweep.end_biases:
-        each = [decoding_for("end", end_bias(strength, h, begins), sweep) for h in hard]
+        each = [decoding_for("end", end_bias(h, strength, third), sweep) for h in hard]
         rows.append(compared("end of thoughts", (strength, beta, gamma), hard, before, said(model, items, each, sweep)))
         print(line(rows[-1]), flush=True)
     return rows
@@ -183,13 +167,12 @@ def line(row: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the table; 2 after a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_modules.evaluation.chain_lengths", description=__doc__)
-    parser.add_argument("-c", "--config", type=Path, required=True)
-    path = parser.parse_args(argv).config
-    reader = ArgumentParser(exit_on_error=False)
-    reader.add_class_arguments(Sweep, "sweep")
+    parser = ArgumentParser(prog="python -m lightning_modules.evaluation.chain_lengths", description=__doc__)
+    parser.add_argument("-c", "--config", action="config")
+    parser.add_class_arguments(Sweep)
+    given = parser.parse_args(argv)
+    sweep = Sweep(**{name: given[name] for name in Sweep.__dataclass_fields__})
     try:
-        sweep = reader.instantiate(reader.parse_object({"sweep": yaml.safe_load(path.read_text())})).sweep
         rows = run(sweep)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

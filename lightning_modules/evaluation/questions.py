@@ -75,12 +75,12 @@ def outcomes(model: R1VModel, settings: QuestionBenchmark) -> dict[str, list[flo
 
 
 def means(found: Mapping[str, Sequence[float]], settings: QuestionBenchmark) -> dict[str, float]:
-    """Means of outcomes; of right answers also those of each kind of question, `right_pictures_count`."""
+    """Means of outcomes; of right answers and lengths also those of each kind of question, `right_pictures_count`."""
     kinds = [question.kind for _, question in held_out(settings)]
     metrics: dict[str, float] = {}
     for name, values in found.items():
         metrics[name] = fmean(values)
-        if name.startswith("right_"):
+        if name.startswith(("right_", "length_")):
             by_kind: dict[str, list[float]] = defaultdict(list)
             for kind, value in zip(kinds, values, strict=True):
                 by_kind[kind].append(value)

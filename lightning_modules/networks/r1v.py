@@ -144,8 +144,10 @@ class R1VModel(nn.Module):
             seed: of the draws; the global random state is left as it was.
             repetition_penalty: divides the logits of tokens that the answer has (CTRL, arXiv 1909.05858); above 1
                 answers become shorter. The prompt's tokens are not counted.
-            end_bias: added to the logit of `</think>`, which must be one token: above 0 thoughts become shorter.
+            end_bias: added to the logits of the tokens that end thoughts (`end_of_thoughts`): above 0 thoughts become
+                shorter.
         """
+        ends = end_of_thoughts(self.tokenizer) if end_bias else []
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
@@ -153,7 +155,7 @@ class R1VModel(nn.Module):
             repetition_penalty=repetition_penalty,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.pad_token,
-            **({"sequence_bias": [[[token_id(self.tokenizer, CLOSE)], float(end_bias)]]} if end_bias else {}),
+            **({"sequence_bias": [[[token], float(end_bias)] for token in ends]} if ends else {}),
             suppress_tokens=[self.image_token],  # which stands for a picture, and never for an answer
             cache_implementation="static",
             disable_compile=True,
@@ -365,6 +367,17 @@ def token_id(tokenizer: Any, token: str) -> int:
             "finds a row of the embedding for it"
         )
     return int(found)
+
+
+def end_of_thoughts(tokenizer: Any) -> list[int]:
+    """The end of the last line of thoughts, and `</think>`, which must be one token.
+
+    Whether a chain goes on is decided by the first: a model says the full stop with the line's end only where it might
+    have thought enough, and a bias on `</think>` alone comes after that.
+    """
+    close = token_id(tokenizer, CLOSE)
+    line = tokenizer.encode(f".\n{CLOSE}", add_special_tokens=False)[-2]
+    return [line, close] if "\n" in tokenizer.decode([line]) else [close]
 
 
 def positions(attention_mask: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:

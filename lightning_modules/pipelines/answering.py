@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import InputError
 from lightning_modules.networks.layout import Sample, prompts
-from lightning_modules.networks.r1v import CLOSE, R1VModel, token_id
+from lightning_modules.networks.r1v import R1VModel, end_of_thoughts
 
 TILES = 64  # that the tower looks at together: 64 of 448 x 448 are 22 GiB in one layer of InternViT-6B
 
@@ -26,7 +26,7 @@ class Decoding:
         temperature: 0 takes the likeliest token.
         top_p: the likeliest tokens that have this probability together.
         repetition_penalty: divides the logits of tokens that the answer has already; 1 changes nothing.
-        end_bias: added to the logit of the end of thoughts.
+        end_bias: added to the logits of the end of thoughts, before and after they end.
     """
 
     max_new_tokens: int = 64
@@ -127,7 +127,7 @@ class VllmEngine:
                 model.embeddings(torch.tensor([s.input_ids], device=device), f if len(f) else None)[0]
                 for s, f in zip(samples, seen, strict=True)
             ]
-        end = {token_id(model.tokenizer, CLOSE): decoding.end_bias} if decoding.end_bias else {}
+        ends = end_of_thoughts(model.tokenizer) if decoding.end_bias else []
         settings = vllm.SamplingParams(
             n=count,
             max_tokens=decoding.max_new_tokens,
@@ -135,7 +135,7 @@ class VllmEngine:
             top_p=decoding.top_p,
             repetition_penalty=decoding.repetition_penalty,
             seed=seed,
-            logit_bias={model.image_token: -100.0, **end},
+            logit_bias={model.image_token: -100.0, **dict.fromkeys(ends, decoding.end_bias)},
         )
         found = engine.generate([{"prompt_embeds": each.cpu()} for each in embedded], settings)
         return [torch.tensor(output.token_ids, device=device) for request in found for output in request.outputs]

@@ -11,6 +11,7 @@ import torch
 from data_pipeline.counters import counter_seed
 from data_pipeline.errors import InputError
 from data_pipeline.index import sample_id
+from data_pipeline.length_control import Brevity
 from data_pipeline.records import ReasoningRecord, Record
 from data_pipeline.steps.distill_chains import Generated
 from data_pipeline.steps.pixels import pixels
@@ -24,15 +25,18 @@ from lightning_modules.pipelines.scorers import folder_fingerprint
 class ChainGenerator:
     """Answers conversations' last questions.
 
-    Records of nearly one penalty are sampled together: a penalty is rounded to a multiple of `penalty_step`.
+    Records of nearly one control are sampled together: penalties are rounded to multiples of `penalty_step`, biases of
+    `bias_step`.
 
     Args:
         pretrained: folder in R1V's layout, such as a run's export.
         engine: what samples, as in reinforcement: answering.TransformersEngine, or VllmEngine with the same language
             model, beside which only what makes its embeddings goes to `device`.
-        decoding: how answers are sampled; each record's penalty is multiplied onto its `repetition_penalty`.
+        decoding: how answers are sampled; each record's penalty is multiplied onto its `repetition_penalty`, its bias
+            added to its `end_bias`.
         context: tokens of a question and its answer, at most; a longer question cannot be asked.
         penalty_step: how finely penalties differ.
+        bias_step: how finely biases differ.
         samples: at a time, whose keys and values must fit beside the model.
         seed: of the draws.
         device: where it runs.
@@ -43,15 +47,18 @@ class ChainGenerator:
     decoding: Decoding = field(default_factory=Decoding)
     context: int = 16384
     penalty_step: float = 0.05
+    bias_step: float = 0.5
     samples: int = 64
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.penalty_step <= 0 or self.samples < 1 or self.context <= self.decoding.max_new_tokens:
+        steps = min(self.penalty_step, self.bias_step)
+        if steps <= 0 or self.samples < 1 or self.context <= self.decoding.max_new_tokens:
             raise InputError(
-                "chain generator: penalty_step above 0, samples at least 1, context above max_new_tokens; got "
-                f"{self.penalty_step}, {self.samples}, {self.context} and {self.decoding.max_new_tokens}"
+                "chain generator: penalty_step and bias_step above 0, samples at least 1, context above "
+                f"max_new_tokens; got {self.penalty_step}, {self.bias_step}, {self.samples}, {self.context} and "
+                f"{self.decoding.max_new_tokens}"
             )
 
     @cached_property
@@ -73,23 +80,28 @@ class ChainGenerator:
     def _layout(self) -> Layout:
         return Layout.of(self._model, self.context - self.decoding.max_new_tokens)
 
-    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated]:
+    def generate(self, records: Sequence[Record], brevities: Sequence[Brevity]) -> list[Generated]:
         """An answer to each record, or why it cannot be asked."""
         found: dict[int, Generated] = {}
-        groups: dict[int, list[tuple[int, Sample]]] = {}
-        for i, (record, penalty) in enumerate(zip(records, penalties, strict=True)):
+        groups: dict[Decoding, list[tuple[int, Sample]]] = {}
+        for i, (record, brevity) in enumerate(zip(records, brevities, strict=True)):
             try:
-                level = round(penalty * self.decoding.repetition_penalty / self.penalty_step)
-                groups.setdefault(level, []).append((i, self._asked(record)))
+                groups.setdefault(self._decoding(brevity), []).append((i, self._asked(record)))
             except LayoutError as error:
                 found[i] = Generated(refused=str(error))
-        for level, members in groups.items():
+        for decoding, members in groups.items():
             for start in range(0, len(members), self.samples):
                 part = members[start : start + self.samples]
                 seed = counter_seed(self.seed, "chain", 0, sample_id(records[part[0][0]].key))
-                said = self._said([sample for _, sample in part], level * self.penalty_step, seed)
+                said = self._said([sample for _, sample in part], decoding, seed)
                 found |= {i: each for (i, _), each in zip(part, said, strict=True)}
         return [found[i] for i in range(len(records))]
+
+    def _decoding(self, brevity: Brevity) -> Decoding:
+        own, steps = self.decoding, (self.penalty_step, self.bias_step)
+        wanted = own.repetition_penalty * brevity.penalty, own.end_bias + brevity.end_bias
+        penalty, bias = (round(value / step) * step for value, step in zip(wanted, steps, strict=True))
+        return replace(own, repetition_penalty=penalty, end_bias=bias)
 
     def _asked(self, record: Record) -> Sample:
         if not isinstance(record, ReasoningRecord):
@@ -97,9 +109,9 @@ class ChainGenerator:
         shown = [torch.from_numpy(pixels(image).copy()).permute(2, 0, 1) for image in record.pictures]
         return self._layout.prompt(record.turns, shown)
 
-    def _said(self, samples: Sequence[Sample], penalty: float, seed: int) -> list[Generated]:
-        """Answers under one penalty."""
-        tokenizer, decoding = self._model.tokenizer, replace(self.decoding, repetition_penalty=penalty)
+    def _said(self, samples: Sequence[Sample], decoding: Decoding, seed: int) -> list[Generated]:
+        """Answers under one control."""
+        tokenizer = self._model.tokenizer
         found = []
         for tokens in self.engine.answers(self._model, samples, 1, decoding, seed):
             ended = bool(len(tokens)) and int(tokens[-1]) == tokenizer.eos_token_id

@@ -16,7 +16,16 @@ from data_pipeline.endpoint import Unanswered
 from data_pipeline.errors import InputError
 from data_pipeline.executors.local import Local
 from data_pipeline.index import load_index, read_member, sidecars
-from data_pipeline.length_control import SCORES, LengthControl, normalised, penalty
+from data_pipeline.length_control import (
+    SCORES,
+    Brevity,
+    LengthControl,
+    end_bias,
+    hard_third,
+    hardness,
+    normalised,
+    penalty,
+)
 from data_pipeline.recipe import Recipe
 from data_pipeline.records import EncodedImage, ReasoningRecord, Record, Rejected, TextImageRecord
 from data_pipeline.score import score
@@ -46,15 +55,15 @@ class Said:
 
 @dataclass
 class Echo:
-    """A generator that says the same to each record, and notes the penalties."""
+    """A generator that says the same to each record, and notes how brief it shall be."""
 
     said: str = RIGHT
     ended: bool = True
     fingerprint: str = "echo"
-    penalties: list[float] = field(default_factory=list)
+    brevities: list[Brevity] = field(default_factory=list)
 
-    def generate(self, records: Sequence[Record], penalties: Sequence[float]) -> list[Generated]:
-        self.penalties += penalties
+    def generate(self, records: Sequence[Record], brevities: Sequence[Brevity]) -> list[Generated]:
+        self.brevities += brevities
         return [Generated(self.said, 9, self.ended) for _ in records]
 
 
@@ -64,12 +73,18 @@ def record(own: str = "<think>\nred.\n</think>\n\\boxed{red}", **facts: object) 
 
 
 def test_the_penalty_by_hand() -> None:
-    assert penalty((1, 1, 1), alpha=0.5) == 1
-    assert penalty((0, 0, 0), alpha=0.5) == pytest.approx(math.exp(0.5))
-    assert penalty((0, 0, 0), alpha=0.7) == 2  # ln 2 = 0.693 is the largest alpha that the limit never binds
-    hard = (0.2 + 2 * 0.5 + 3 * 0.9) / 6
-    assert penalty((0.2, 0.5, 0.9), alpha=0.4, beta=2, gamma=3) == pytest.approx(math.exp(0.4 * (1 - hard)))
+    assert penalty(1, alpha=0.5) == 1
+    assert penalty(0, alpha=0.5) == pytest.approx(math.exp(0.5))
+    assert penalty(0, alpha=0.7) == 2  # ln 2 = 0.693 is the largest alpha that the limit never binds
+    assert hardness((0.2, 0.5, 0.9), beta=2, gamma=3) == pytest.approx((0.2 + 2 * 0.5 + 3 * 0.9) / 6)
+    assert penalty(0.65, alpha=0.4) == pytest.approx(math.exp(0.4 * 0.35))
     assert [normalised(v, 2, 6) for v in (1, 2, 3, 6, 7)] == [0, 0, 0.25, 1, 1] and normalised(5, 5, 5) == 0.5
+
+
+def test_the_hard_third_has_no_bias() -> None:
+    assert end_bias(0.25, 4.0, 0.5) == 2.0 and end_bias(0.5, 4.0, 0.5) == end_bias(0.9, 4.0, 0.5) == 0.0
+    assert end_bias(0.0, 4.0, 0.5) == 4.0 and end_bias(0.0, 4.0, 0.0) == 0.0
+    assert hard_third([3, 1, 2]) == 3 and hard_third([1, 2, 3, 4, 5, 6, 7]) == 6 and hard_third([2, 1]) == 1
 
 
 def test_ratings_are_summed_and_kept_as_columns() -> None:
@@ -111,14 +126,18 @@ def shards(path: Path, count: int = 40) -> Path:
 def test_lengths_are_controlled_by_what_was_scored(tmp_path: Path) -> None:
     folder = shards(tmp_path / "chains")
     rows = [row for path in sidecars(folder) for row in pq.read_table(path).to_pylist() if row["field"] == "json"]
-    found = LengthControl(str(folder), alpha=0.5).penalties()
+    found = LengthControl(str(folder), alpha=0.5, end_bias=4.0).brevities()
     assert set(found) == {row["key"] for row in rows}
     ranges = {n: [row[f"cot_{n}"] for row in rows] for n in ("vision", "text", "integration")}
     for row in rows:
         scaled = [normalised(row[f"cot_{name}"], min(values), max(values)) for name, values in ranges.items()]
-        assert found[row["key"]] == penalty(scaled, alpha=0.5)
-    assert min(found.values()) >= 1 and len(set(found.values())) > 5
-    assert set(LengthControl(str(folder), alpha=0.0).penalties().values()) == {1.0}
+        assert found[row["key"]].penalty == penalty(hardness(scaled), alpha=0.5)
+    penalties, biases = zip(*found.values(), strict=True)
+    assert min(penalties) >= 1 and len(set(penalties)) > 5
+    assert len(rows) / 3 <= biases.count(0.0) < len(rows) and 0 < max(biases) <= 4 and len(set(biases)) > 5
+    assert set(LengthControl(str(folder), alpha=0.0).brevities().values()) == {Brevity(1.0, 0.0)}
+    with pytest.raises(InputError, match="end_bias are at least 0"):
+        LengthControl(str(folder), end_bias=-1.0)
 
 
 def replaced(table: pa.Table, name: str, values: list) -> pa.Table:
@@ -149,7 +168,7 @@ def test_scores_that_are_mostly_null_are_an_error_and_few_are_rejected_by_name(
     assert {each.reason for each in unknown} == {"no scores"} and len(unknown) == 2
     assert "have no scores of difficulty" in caplog.text
     with pytest.raises(InputError, match=r"16 of 16 records.*HTTP 500.*score_chains.yaml"):
-        LengthControl(str(rescored(folder, lambda i: True))).penalties()
+        LengthControl(str(rescored(folder, lambda i: True))).brevities()
 
 
 def test_scores_that_are_all_alike_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -159,27 +178,28 @@ def test_scores_that_are_all_alike_are_named(tmp_path: Path, caplog: pytest.LogC
         for name in SCORES:
             table = replaced(table, name, [3.0] * table.num_rows)
         pq.write_table(table, path)
-    assert len(set(LengthControl(str(folder)).penalties().values())) == 1 and "one penalty for all" in caplog.text
+    assert len(set(LengthControl(str(folder)).brevities().values())) == 1 and "one control for all" in caplog.text
 
 
 def test_scores_must_be_there(tmp_path: Path) -> None:
     Recipe(SceneQuestions(1, {"chain": 4})).build(tmp_path / "plain")
     with pytest.raises(InputError, match=r"no column cot_vision.*score_chains.yaml"):
-        LengthControl(str(tmp_path / "plain")).penalties()
+        LengthControl(str(tmp_path / "plain")).brevities()
 
 
 def test_a_round_keeps_rewrites_and_rejects(tmp_path: Path) -> None:
     """The generator says "yes" to all: right for some questions about scenes, wrong for others."""
     folder = shards(tmp_path / "chains")
     generator = Echo("I see it.\n</think>\n\\boxed{yes}")
-    step = DistillChains(generator, AnswerJudge(), LengthControl(str(folder), alpha=0.5))
-    columns = Metadata({"cot_penalty": "number", "cot_decision": "text"})
+    step = DistillChains(generator, AnswerJudge(), LengthControl(str(folder), alpha=0.5, end_bias=4.0))
+    columns = Metadata({"cot_penalty": "number", "cot_end_bias": "number", "cot_decision": "text"})
     Recipe(WebDataset(str(folder)), [step, columns]).build(tmp_path / "out")
-    assert len(load_index(tmp_path / "out")) == 40 and len(set(generator.penalties)) > 5
+    assert len(load_index(tmp_path / "out")) == 40 and len(set(generator.brevities)) > 5
     decisions = set()
     for found in load_index(tmp_path / "out"):
         facts = json.loads(read_member(found, "json"))
         decisions.add(facts["metadata"]["cot_decision"])
+        assert (facts["metadata"]["cot_penalty"], facts["metadata"]["cot_end_bias"]) in generator.brevities
         said = facts["turns"][-1][1]
         assert said.startswith("<think>\n") and said.endswith(f"\\boxed{{{facts['metadata']['answer']}}}")
         assert ("I see it" in said) == (facts["metadata"]["cot_decision"] == "keep")

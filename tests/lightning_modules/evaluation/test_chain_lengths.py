@@ -8,7 +8,8 @@ import pytest
 import yaml
 from chains import folder
 
-from lightning_modules.evaluation.chain_lengths import Row, Said, compared, end_bias, hardness, main, scores
+from data_pipeline.length_control import hardness
+from lightning_modules.evaluation.chain_lengths import Row, Said, compared, main, scores
 from lightning_modules.evaluation.questions import QuestionBenchmark, held_out
 
 
@@ -22,14 +23,9 @@ def test_a_row_by_hand() -> None:
     assert not Row("end of thoughts", 1, 1, 1, 0.5, 0.9, 0.0, 0.0).meets
 
 
-def test_the_hard_third_has_no_bias() -> None:
-    assert end_bias(4.0, 0.25, 0.5) == 2.0 and end_bias(4.0, 0.5, 0.5) == end_bias(4.0, 0.9, 0.5) == 0.0
-    assert end_bias(4.0, 0.0, 0.5) == 4.0 and end_bias(4.0, 0.0, 0.0) == 0.0
-
-
 def test_questions_of_several_hops_are_harder_than_looking() -> None:
     items = held_out(QuestionBenchmark(200))
-    hard = [hardness(values, 1.0, 1.0) for values in scores(items, "pictures")]
+    hard = [hardness(values) for values in scores(items, "pictures")]
     assert 0 <= min(hard) < max(hard) <= 1
     kinds = {kind: [h for h, (_, q) in zip(hard, items, strict=True) if q.kind == kind] for kind in ("look", "hop")}
     assert max(kinds["look"]) < sum(kinds["hop"]) / len(kinds["hop"])

@@ -14,11 +14,12 @@ from chains import folder
 from PIL import Image
 
 from data_pipeline.errors import InputError
+from data_pipeline.length_control import Brevity
 from data_pipeline.recipe import load_recipe
 from data_pipeline.records import EncodedImage, ReasoningRecord
 from data_pipeline.steps.distill_chains import EndpointJudge
 from lightning_modules.networks.layout import Layout
-from lightning_modules.networks.r1v import CLOSE, R1VModel, token_id
+from lightning_modules.networks.r1v import CLOSE, R1VModel, end_of_thoughts
 from lightning_modules.pipelines import answering
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine, VllmEngine
 from lightning_modules.pipelines.chain_generator import ChainGenerator
@@ -33,18 +34,20 @@ def record(key: str, text: str = "<image>how many?", pictures: int = 1) -> Reaso
     return ReasoningRecord(key, shown, (("user", text), ("assistant", "two")))
 
 
-def test_each_record_is_answered_under_its_own_penalty() -> None:
+def test_each_record_is_answered_under_its_own_control() -> None:
     generator = ChainGenerator(folder(), TransformersEngine(), Decoding(8, temperature=0.0), context=128)
     records = [record(f"r-{i}") for i in range(3)]
-    plain, strong, again = generator.generate(records, [1.0, 1.9, 1.0])
+    plain, strong, again = generator.generate(records, [Brevity(), Brevity(1.9), Brevity()])
     assert plain == again != strong  # three times the same question
+    ended, *_ = generator.generate(records[:1], [Brevity(end_bias=1e3)])
+    assert ended.text.replace(CLOSE, "").replace(".\n", "") == "" and ended.tokens == 8
     assert plain.tokens == 8 and not plain.ended and generator.fingerprint
 
 
 def test_what_cannot_be_asked_says_why() -> None:
     generator = ChainGenerator(folder(), TransformersEngine(), Decoding(8), context=64)
     missing, long, sound = generator.generate(
-        [record("a", pictures=0), record("b", "<image>" + "how many? " * 40), record("c")], [1.0] * 3
+        [record("a", pictures=0), record("b", "<image>" + "how many? " * 40), record("c")], [Brevity()] * 3
     )
     assert missing.refused.startswith("missing picture") and long.refused.startswith("too long")
     assert not sound.refused and sound.tokens
@@ -62,7 +65,7 @@ def test_an_engine_is_chosen_and_vllm_gets_a_frozen_model(monkeypatch: pytest.Mo
     fake = SimpleNamespace(SamplingParams=lambda **settings: SimpleNamespace(**settings))
     monkeypatch.setattr(VllmEngine, "loaded", lambda self: (fake, SimpleNamespace(generate=generate)))
     generator = ChainGenerator(folder(), VllmEngine("models/llm"), Decoding(8), context=128)
-    first, second = generator.generate([record("a"), record("b")], [1.0, 1.5])
+    first, second = generator.generate([record("a"), record("b")], [Brevity(), Brevity(1.5)])
     assert first == second and first.ended and first.tokens == 3
     assert [settings.repetition_penalty for settings in told] == pytest.approx([1.0, 1.5])
     assert not any(p.requires_grad for p in generator._model.parameters())
@@ -91,9 +94,23 @@ def test_answers_never_hold_a_pictures_token_and_a_bias_ends_thoughts() -> None:
     found = TransformersEngine().answers(model, prompts, 8, Decoding(12), 0)
     assert len(found) == 16 and all(model.image_token not in tokens for tokens in found)
     biased = TransformersEngine().answers(model, prompts, 1, Decoding(4, 0.0, end_bias=1e3), 0)
-    assert all(tokens.tolist() == [token_id(model.tokenizer, CLOSE)] * 4 for tokens in biased)
+    assert all(set(tokens.tolist()) <= set(end_of_thoughts(model.tokenizer)) and len(tokens) == 4 for tokens in biased)
     again = TransformersEngine().answers(model, prompts, 8, Decoding(12), 0)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_thoughts_end_with_the_end_of_a_line() -> None:
+    tokenizer = R1VModel.from_folder(folder()).tokenizer
+    assert tokenizer.convert_ids_to_tokens(end_of_thoughts(tokenizer)) == [".Ċ", CLOSE]
+    blind = SimpleNamespace(  # to line ends
+        name_or_path="blind",
+        unk_token_id=None,
+        convert_tokens_to_ids=lambda token: 7,
+        convert_ids_to_tokens=lambda number: CLOSE,
+        encode=lambda text, add_special_tokens: [5, 7],
+        decode=lambda tokens: ".",
+    )
+    assert end_of_thoughts(blind) == [7]
 
 
 def test_vllm_gets_embeddings_and_never_new_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +139,9 @@ def test_vllm_gets_embeddings_and_never_new_weights(monkeypatch: pytest.MonkeyPa
     assert engine._engine.options == {"model": "models/llm", "enable_prompt_embeds": True, "tensor_parallel_size": 8}
     engine.answers(model, prompts, 2, Decoding(5, end_bias=3.0), 0)
     never = {model.image_token: -100.0}
-    assert biases == [never, {**never, token_id(model.tokenizer, CLOSE): 3.0}]
+    assert biases == [never, {**never, **dict.fromkeys(end_of_thoughts(model.tokenizer), 3.0)}]
     # A tokenizer to which the end of thoughts is no token is asked for none.
-    monkeypatch.setattr(answering, "token_id", lambda *_: pytest.fail("the end of thoughts was looked for"))
+    monkeypatch.setattr(answering, "end_of_thoughts", lambda *_: pytest.fail("the end of thoughts was looked for"))
     engine.answers(model, prompts, 2, Decoding(5), 0)
     model.language.requires_grad_(True)
     with pytest.raises(InputError, match="frozen language model"):
