@@ -106,7 +106,7 @@ def outcomes(pipeline: Any, benchmark: Benchmark) -> dict[str, list[float]]:
 def means(found: dict[str, list[float]], benchmark: Benchmark) -> dict[str, float]:
     """The benchmark's metrics."""
     if isinstance(benchmark, QuestionBenchmark):
-        return questions.means(found, benchmark)
+        return questions.means(found)
     return scenes.means(found, benchmark)
 
 

@@ -161,7 +161,7 @@ def test(arguments: argparse.Namespace, config: Mapping[str, Any]) -> int:
         if "questions" in settings:
             asked = QuestionBenchmark(**settings)
             model = R1VModel.from_folder(export_folder(arguments)).to("cuda" if torch.cuda.is_available() else "cpu")
-            metrics = questions.means(questions.outcomes(model, asked), asked)
+            metrics = questions.means(questions.outcomes(model, asked))
         else:
             metrics = evaluate(load_export(arguments), SceneBenchmark(**settings))
     except TypeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -59,33 +58,29 @@ def held_out(settings: QuestionBenchmark) -> list[tuple[Scene, Question]]:
 
 def outcomes(model: R1VModel, settings: QuestionBenchmark) -> dict[str, list[float]]:
     """Of each question and mode whether it was answered rightly (`right_<mode>`), whether the answer came to its end
-    (`ended_<mode>`), and how many tokens it took (`length_<mode>`)."""
+    (`ended_<mode>`), and how many tokens it took (`length_<mode>`); the first and the last also of the questions
+    of each kind alone (`right_pictures_count`)."""
     items = held_out(settings)
+    kinds = [question.kind for _, question in items]
     found: dict[str, list[float]] = {}
     for mode in settings.modes:
         said = answers(model, items, mode, settings)
         end = model.tokenizer.eos_token_id
         texts = [model.tokenizer.decode([t for t in tokens.tolist() if t != end]) for tokens in said]
-        found[f"right_{mode}"] = [
-            float(answer_of(text) == question.answer) for text, (_, question) in zip(texts, items, strict=True)
-        ]
-        found[f"ended_{mode}"] = [float((tokens == end).any()) for tokens in said]
-        found[f"length_{mode}"] = [float(len(tokens)) for tokens in said]
+        right = [float(answer_of(text) == question.answer) for text, (_, question) in zip(texts, items, strict=True)]
+        length = [float(len(tokens)) for tokens in said]
+        found |= {f"right_{mode}": right, f"ended_{mode}": [float((tokens == end).any()) for tokens in said]}
+        found[f"length_{mode}"] = length
+        for kind in sorted(set(kinds)):
+            own = [i for i, other in enumerate(kinds) if other == kind]
+            found[f"right_{mode}_{kind}"] = [right[i] for i in own]
+            found[f"length_{mode}_{kind}"] = [length[i] for i in own]
     return found
 
 
-def means(found: Mapping[str, Sequence[float]], settings: QuestionBenchmark) -> dict[str, float]:
-    """Means of outcomes; of right answers and lengths also those of each kind of question, `right_pictures_count`."""
-    kinds = [question.kind for _, question in held_out(settings)]
-    metrics: dict[str, float] = {}
-    for name, values in found.items():
-        metrics[name] = fmean(values)
-        if name.startswith(("right_", "length_")):
-            by_kind: dict[str, list[float]] = defaultdict(list)
-            for kind, value in zip(kinds, values, strict=True):
-                by_kind[kind].append(value)
-            metrics |= {f"{name}_{kind}": fmean(by_kind[kind]) for kind in sorted(by_kind)}
-    return metrics
+def means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Means of outcomes."""
+    return {name: fmean(values) for name, values in found.items()}
 
 
 @torch.no_grad()
