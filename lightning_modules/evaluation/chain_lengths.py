@@ -24,6 +24,7 @@ from data_pipeline.scenes.world import Scene
 from data_pipeline.steps.chain_scores import SceneChainScores
 from lightning_modules.evaluation.questions import QuestionBenchmark, answer_of, asked, held_out, shown
 from lightning_modules.networks.layout import Layout
+from lightning_modules.networks.loading import CheckpointError
 from lightning_modules.networks.r1v import R1VModel
 from lightning_modules.pipelines.answering import Decoding, TransformersEngine
 
@@ -56,6 +57,14 @@ class Sweep:
     max_new_tokens: int = 96
     samples: int = 128
     output: str = "runs/chain_lengths.md"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pictures", "words"):
+            raise InputError(f"mode is {self.mode!r}; expected pictures or words")
+        if min(self.questions, self.samples, self.max_new_tokens) < 1 or not self.weights:
+            raise InputError("questions, samples and max_new_tokens are at least 1, and weights has a pair")
+        if min(*self.alphas, *self.end_biases, *sum(self.weights, ()), 0.0) < 0:
+            raise InputError("alphas, weights and end_biases are at least 0")
 
 
 class Said(NamedTuple):
@@ -171,10 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-c", "--config", action="config")
     parser.add_class_arguments(Sweep)
     given = parser.parse_args(argv)
-    sweep = Sweep(**{name: given[name] for name in Sweep.__dataclass_fields__})
     try:
+        sweep = Sweep(**{name: given[name] for name in Sweep.__dataclass_fields__})
         rows = run(sweep)
-    except (InputError, OSError) as error:
+    except (InputError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     titles = "control | alpha | beta | gamma | easy length | hard length | easy right | hard right | meets the bar"

@@ -39,3 +39,30 @@ def test_the_sweep_writes_a_table(tmp_path: Path) -> None:
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(lines) == 4 and lines[2].startswith("| repetition | 0.1 | 1 | 2 |")
     assert lines[3].startswith("| end of thoughts | 4 |")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pretrained": "nowhere"}, "nowhere/config.json is missing"),
+        ({"mode": "smell"}, "expected pictures or words"),
+        ({"samples": 0}, "at least 1"),
+        ({"weights": []}, "weights has a pair"),
+        ({"end_biases": [-1.0]}, "at least 0"),
+        ({"weights": [[1.0, -2.0]]}, "at least 0"),
+    ],
+)
+def test_a_mistake_is_one_line(change: dict, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"pretrained": folder(), "output": str(tmp_path / "table.md"), **change}))
+    assert main(["-c", str(path)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: ") and said in told and not (tmp_path / "table.md").exists()
+
+
+def test_what_is_given_replaces_what_a_config_says(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"pretrained": folder(), "mode": "words"}))
+    assert main(["-c", str(path), "--mode", "smell"]) == 2 and "smell" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["-c", str(tmp_path / "missing.yaml")])
