@@ -17,6 +17,7 @@ import torch
 from micro import Brightness, built
 
 from callbacks.checkpoint_io import AtomicCheckpointIO
+from lightning_modules.rewards.protocol import Request
 from lightning_modules.rewards.weighted import Weighted
 from lightning_modules.rollouts.chain_algorithms import TokenGRPO
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
@@ -36,11 +37,27 @@ def pictures() -> tuple[L.LightningModule, list[Any]]:
     return module, [rl.prompts(2 * i + rank, task, 2) for i, task in enumerate(tasks)]
 
 
+class Uneven:
+    """A reward by place, whatever an answer says, so that nothing hangs on chance.
+
+    On the second rank all answers to every other question are worth alike.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def score(self, texts: Sequence[str], requests: Sequence[Request]) -> list[float | None]:
+        return [
+            0.0 if self.rank and "how many? 1" in request.prompt else float(i) for i, request in enumerate(requests)
+        ]
+
+
 def answers() -> tuple[L.LightningModule, list[Any]]:
     """Answers of which a buffer keeps some; groups that teach nothing are left out, so that ranks differ."""
     rank = int(os.environ["RANK"])
     sampling = replace(chains.SAMPLING, groups=8)
-    module = chains.grpo(sampling=sampling, buffer=SampleBuffer(share=0.25), algorithm=TokenGRPO(kl=0.1))
+    settings = {"sampling": sampling, "buffer": SampleBuffer(share=0.25), "algorithm": TokenGRPO(kl=0.1)}
+    module = chains.grpo(Uneven(rank), **settings)
     return module, [chains.asked(2 * i + rank) for i in range(2 * BATCHES)]
 
 
