@@ -136,13 +136,15 @@ def markdown(
         return f"No run of the baseline {baseline} is finished: there is nothing to compare with.\n"
     titles, told = list(rows[0].figures), reported or {}
     papers = list(dict.fromkeys(title for figures in told.values() for title in figures))
-    heads = ["arm", "seeds", *titles, *(f"paper: {title}" for title in papers), "evaluations", "minutes"]
+    spends = any(row.evaluations for row in rows)  # a language model has no transformer whose evaluations count
+    heads = ["arm", "seeds", *titles, *(f"paper: {title}" for title in papers)]
+    heads += ["evaluations", "minutes"] if spends else ["minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         seeds = str(row.trials) if row.trials == row.wanted else f"{row.trials} of {row.wanted}"
         cells = [cell(row.figures[title], row.arm == baseline) for title in titles]
         cells += [f"{told[row.arm][title]:g}" if title in told.get(row.arm, {}) else "" for title in papers]
-        cost = [f"{row.evaluations / 1000:.0f}k", f"{row.seconds / 60:.1f}"]
+        cost = [f"{row.evaluations / 1000:.0f}k", f"{row.seconds / 60:.1f}"] if spends else [f"{row.seconds / 60:.1f}"]
         lines.append("| " + " | ".join([row.arm, seeds, *cells, *cost]) + " |")
     return "\n".join(
         [

@@ -12,7 +12,7 @@ from lightning_modules.evaluation.comparison import Figure, Row
 LETTER, PANEL, GAP, LINE, TOP, FOOT = 6.4, 220, 44, 26, 44, 28  # widths and heights, in the chart's own units
 STYLE = (
     "text{font:12px sans-serif;fill:#222}.small{font-size:10px;fill:#666}.rule{stroke:#ddd}.zero{stroke:#888}"
-    ".up{stroke:#1a7f37;fill:#1a7f37}.down{stroke:#cf222e;fill:#cf222e}.open{stroke:#57606a;fill:#57606a}"
+    ".up{stroke:#0969da;fill:#0969da}.down{stroke:#bc4c00;fill:#bc4c00}.open{stroke:#57606a;fill:#57606a}"
     ".bar{stroke-width:3;fill:none}.seed{fill-opacity:.35;stroke:none}"
 )
 
@@ -20,7 +20,7 @@ STYLE = (
 def draw(rows: Sequence[Row], baseline: str) -> str:
     """SVG: a dot is the mean gain over the baseline, its bar the paired bootstrap's interval, pale dots are seeds.
 
-    Green intervals are above 0, red ones below it.
+    Blue intervals are above 0, orange ones below it, whichever is the better.
     """
     shown = [row for row in rows if row.arm != baseline]
     titles = list(rows[0].figures) if rows else []
