@@ -12,7 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from lightning_modules.networks.loading import (
@@ -187,7 +187,8 @@ class R1VModel(nn.Module):
                 raise CheckpointError(
                     f"{folder / 'config.json'} has {name} {config[name]!r}; R1V's models have {known!r}"
                 )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # The folder's own config is of a class that transformers lacks; the tokenizer's names the tokenizer.
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig(), local_files_only=True)
         with no_init_weights():
             vision, language = make_tower(config["vision_config"]), make_language(config["llm_config"], dtype)
             projector = make_projector(config, vision.width, language.config.hidden_size)
