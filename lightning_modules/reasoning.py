@@ -68,7 +68,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         vision: folder of a tower, or of a whole R1V; "pocket/tower" is built here.
         language: folder of a causal language model; "pocket/substitute", "pocket/reasoner" and "pocket/other" too.
         projector: folder of a whole R1V, such as an earlier run's export; None draws one.
-        trained: the parts that are trained.
+        train: the parts that are trained.
         normalisation: what each learned token counts: "token", "sample" or "square" (losses/tokens.py).
         context: tokens of a row that conversations are packed into; longer ones are left out, named and counted.
         max_tiles: of a picture, at most.
@@ -87,7 +87,7 @@ class R1VModule(GradientHooks, L.LightningModule):
         vision: str = "pocket/tower",
         language: str = "pocket/substitute",
         projector: str | None = None,
-        trained: list[Part] = ["projector"],  # noqa: B006
+        train: list[Part] = ["projector"],  # noqa: B006
         normalisation: Normalisation = "token",
         context: int = 16384,
         max_tiles: int = 12,
@@ -99,18 +99,14 @@ class R1VModule(GradientHooks, L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not trained:
-            raise InputError('trained is empty; expected some of "projector", "language", "vision"')
+        if not train:
+            raise InputError('train is empty; expected some of "projector", "language", "vision"')
         if val_tokens < 1:
             raise InputError(f"val_tokens is {val_tokens}; expected at least 1")
         self.strict_loading = False  # a checkpoint holds what is trained, and no frozen weights
         self.folders = vision, language, projector
-        self.trained, self.normalisation, self.context, self.max_tiles = (
-            list(trained),
-            normalisation,
-            context,
-            max_tiles,
-        )
+        self.train_parts, self.normalisation = list(train), normalisation
+        self.context, self.max_tiles = context, max_tiles
         self.iteration, self.optimizer_settings, self.steps, self.seed = iteration, optimizer, steps, seed
         self.gradient_checkpointing, self.val_tokens = gradient_checkpointing, val_tokens
         self.model: Any = None
@@ -127,7 +123,7 @@ class R1VModule(GradientHooks, L.LightningModule):
             r1v_folder(vision), r1v_folder(language), earlier, self.seed, max_dynamic_patch=self.max_tiles
         )
         for name in ("projector", "language", "vision"):
-            getattr(self.model, name).requires_grad_(name in self.trained)
+            getattr(self.model, name).requires_grad_(name in self.train_parts)
         if self.gradient_checkpointing:
             self.model.language.gradient_checkpointing_enable()
         self.layout = Layout.of(self.model, self.context)
@@ -147,7 +143,7 @@ class R1VModule(GradientHooks, L.LightningModule):
 
     def wanted(self) -> tuple[Sequence[str], Sequence[str], bool]:
         """Scores and other metadata that each conversation must have, and whether pictures too, for the dry run."""
-        seen = self.trained == ["projector"]
+        seen = self.train_parts == ["projector"]
         if self.iteration is None:
             return (), (), seen
         return (self.iteration.score,), getattr(self.iteration.verifier, "requires", ()), seen
@@ -249,7 +245,7 @@ class R1VModule(GradientHooks, L.LightningModule):
     def learned(self, turns: Turns, pictures: Sequence[Tensor]) -> Sample:
         """A conversation to learn from, which must have a picture where the projector alone learns."""
         sample = self.layout.sample(turns, pictures)
-        if self.trained == ["projector"] and not len(sample.tiles):
+        if self.train_parts == ["projector"] and not len(sample.tiles):
             raise LayoutError("no picture", "the projector learns nothing from words alone")
         return sample
 

@@ -74,7 +74,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         max_grad_norm: the norm that gradients are clipped to.
         steps: updates of the whole run, for the schedule.
         context: tokens of a question and its answer, at most; longer questions are left out and counted.
-        recompute: keep no activations of the language model: less memory, for another forward pass in each update.
+        gradient_checkpointing: recompute the language model's activations instead of keeping them.
         seed: the seed of every draw.
     """
 
@@ -95,10 +95,16 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         max_grad_norm: float = 1.0,
         steps: int = 1000,
         context: int = 16384,
-        recompute: bool = False,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not train:
+            raise InputError('train is empty; expected some of "projector", "language", "vision"')
+        if not any(each.weight for each in rewards.values()):
+            raise InputError("rewards: none has a weight; say what answers are worth, as configs/r1v_grpo.yaml does")
+        if max_grad_norm <= 0:
+            raise InputError(f"max_grad_norm is {max_grad_norm:g}; expected above 0")
         if context <= sampling.max_new_tokens:
             raise InputError(
                 f"context {context} has no room for a question beside {sampling.max_new_tokens} new tokens"
@@ -110,7 +116,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         self.pretrained, self.rewards, self.algorithm, self.advantages = pretrained, rewards, algorithm, advantages
         self.sampling, self.overlong, self.buffer, self.engine = sampling, overlong, buffer, engine
         self.train_parts, self.optimizer_settings, self.max_grad_norm = list(train), optimizer, max_grad_norm
-        self.steps, self.context, self.recompute, self.seed = steps, context, recompute, seed
+        self.gradient_checkpointing, self.steps, self.context, self.seed = gradient_checkpointing, steps, context, seed
         self.model: Any = None
         self.waiting: list[list[Answer]] = []
         self.updates, self.asked, self.idle = 0, 0, 0
@@ -127,7 +133,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         self.model = R1VModel.from_folder(r1v_folder(self.pretrained))
         for name in ("projector", "language", "vision"):
             getattr(self.model, name).requires_grad_(name in self.train_parts)
-        if self.recompute:
+        if self.gradient_checkpointing:
             self.model.language.gradient_checkpointing_enable()
         self.layout = Layout.of(self.model, self.context - self.sampling.max_new_tokens)
         self.snapshots = Snapshots(dict(self.trainable_parameters()))
@@ -358,7 +364,7 @@ class ReasoningGrpoModule(GradientHooks, L.LightningModule):
         learned = sum(float(batch.mask.sum()) for batch in batches)
         totals = Totals(self.across(learned, "mean"), float(len(answers)))
         logs = []
-        self.model.language.train(self.recompute)  # the mode in which transformers recomputes
+        self.model.language.train(self.gradient_checkpointing)  # the mode in which transformers recomputes
         for batch in batches:
             logits = self.logits(batch)
             new, spread = log_probs(logits, batch.tokens, self.sampling.temperature), entropy(logits.detach())

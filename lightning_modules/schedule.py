@@ -40,7 +40,7 @@ class AdamW:
             if find_spec("torchao") is None:
                 raise InputError("optimizer.bits 8 needs torchao: pip install 'unipic-lightning[quant]'")
             import torchao.optim  # noqa: F401  # a checkpoint of its states can be read from here on
-        if self.lr <= 0 or self.eps <= 0 or not all(0 <= beta < 1 for beta in self.betas):
+        if not (0 < self.lr < math.inf and self.eps > 0 and all(0 <= beta < 1 for beta in self.betas)):
             raise InputError(f"optimizer: lr and eps must be above 0, betas from 0 to below 1, got {self}")
         if min(self.weight_decay, self.warmup_steps, self.final_lr_ratio) < 0:
             raise InputError(f"optimizer: weight_decay, warmup_steps and final_lr_ratio must be 0 or more, got {self}")
@@ -142,6 +142,8 @@ def adamw(
     parameters: Iterable[tuple[str, Parameter]], settings: AdamW, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """The optimiser over (name, parameter) pairs and its schedule, stepped once an optimiser step."""
+    if total_steps < 1:
+        raise InputError(f"steps is {total_steps}; expected those of the whole run, at least 1")
     groups = weight_decay_groups(parameters, settings.weight_decay)
     low = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     common = settings.lr, settings.betas, settings.eps

@@ -27,7 +27,7 @@ class ChatStage(Protocol):
     """Settings of lightning_modules.reasoning.R1VModule."""
 
     folders: tuple[str, str, str | None]
-    trained: list[Any]
+    train_parts: list[Any]
     context: int
     max_tiles: int
     gradient_checkpointing: bool
@@ -41,7 +41,7 @@ class AnswerStage(Protocol):
     algorithm: Any
     train_parts: list[Any]
     context: int
-    recompute: bool
+    gradient_checkpointing: bool
 
 
 def chat_needs(run: Run, stage: ChatStage) -> Needs:
@@ -51,7 +51,7 @@ def chat_needs(run: Run, stage: ChatStage) -> Needs:
     words, absent = config_in(planned_r1v(language), QWEN25_32B)
     said = [f"{vision} is not here: InternViT-6B's sizes are assumed"] if missing else []
     said += [f"{language} is not here: Qwen2.5-32B's sizes are assumed"] if absent else []
-    model = Outlined.of(tower, words, stage.max_tiles, run, list(stage.trained), stage.gradient_checkpointing)
+    model = Outlined.of(tower, words, stage.max_tiles, run, stage.train_parts, stage.gradient_checkpointing)
     length = min(stage.context, model.seen + TEXT)
     each = stage.context // length  # conversations of a row
     said.append(f"conversations of {length} tokens are assumed, in memory rows as long as the context")
@@ -71,7 +71,8 @@ def answer_needs(run: Run, stage: AnswerStage) -> Needs:
     sampling.share(run.devices)  # a plan that cannot be carried out is none
     config, missing = config_in(folder, {"vision_config": INTERNVIT_6B, "llm_config": QWEN25_32B})
     tiles = int({**TILING, **config}["max_dynamic_patch"]) if not missing else 12
-    model = Outlined.of(config["vision_config"], config["llm_config"], tiles, run, stage.train_parts, stage.recompute)
+    tower, words = config["vision_config"], config["llm_config"]
+    model = Outlined.of(tower, words, tiles, run, stage.train_parts, stage.gradient_checkpointing)
     said = [f"{folder} is not here: InternViT-6B's and Qwen2.5-32B's sizes are assumed"] if missing else []
     said.append(f"questions of {stage.context - sampling.max_new_tokens} tokens and the longest answers are assumed")
     flops, again = model.trained_flops(stage.context, 1)

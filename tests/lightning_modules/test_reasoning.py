@@ -259,7 +259,7 @@ def test_words_alone_teach_a_projector_nothing_and_are_left_out(shards: str) -> 
     batch = next(in_batches(load_chats([shards], {}, {}), 4))
     batch.turns[0], batch.pictures[0] = (("user", "how many?"), ("assistant", "two")), []
     assert own.rows(batch).samples == 3 and own.left_out == {"no picture": 1}
-    every = module(trained=["projector", "language"])
+    every = module(train=["projector", "language"])
     every.configure_model()
     assert every.rows(batch).samples == 4 and not every.left_out
 
@@ -302,5 +302,5 @@ def test_validation_answers_held_out_questions(shards: str, tmp_path: Path) -> N
     assert run.callback_metrics["val/length"] <= 3
     with pytest.raises(InputError, match="val_tokens is 0"):
         module(val_tokens=0)
-    with pytest.raises(InputError, match="trained is empty"):
-        module(trained=[])
+    with pytest.raises(InputError, match="train is empty"):
+        module(train=[])

@@ -22,7 +22,7 @@ from lightning_modules.reasoning_grpo import PATIENCE, ReasoningGrpoModule
 from lightning_modules.rewards.answers import Accuracy
 from lightning_modules.rewards.protocol import Request
 from lightning_modules.rollouts.chain_algorithms import MixedPreference, TokenGRPO
-from lightning_modules.rollouts.chain_settings import Overlong
+from lightning_modules.rollouts.chain_settings import Overlong, WeightedText
 from lightning_modules.rollouts.sample_buffer import SampleBuffer
 
 TOLERANCE = 1e-5  # of the first ratio: the answers are padded with others when they are sampled than when learned from
@@ -245,12 +245,22 @@ def test_answers_that_are_cut_off_are_counted_and_not_learned_from(tmp_path: Pat
 def test_recomputed_activations_change_no_bit(tmp_path: Path) -> None:
     states = []
     for recompute in (False, True):
-        module = grpo(recompute=recompute)
+        module = grpo(gradient_checkpointing=recompute)
         trained(module, [asked(i) for i in range(2)], 2, tmp_path)
         states.append(module.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_a_context_without_room_is_refused() -> None:
-    with pytest.raises(InputError, match="no room"):
-        grpo(context=6)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"context": 6}, "no room"), ({"train": []}, "train is empty"), ({"max_grad_norm": -1.0}, "max_grad_norm is -1")],
+)
+def test_settings_that_train_nothing_are_refused(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        grpo(**changes)
+
+
+@pytest.mark.parametrize("rewards", [{}, {"vowels": WeightedText(Vowels(), weight=0.0)}])
+def test_rewards_without_a_weight_are_refused(rewards: dict[str, WeightedText]) -> None:
+    with pytest.raises(InputError, match="none has a weight"):
+        ReasoningGrpoModule("nowhere", rewards, TokenGRPO(), TransformersEngine())

@@ -89,3 +89,11 @@ def test_eight_bit_moments_step_and_follow_the_schedule(dtype: torch.dtype) -> N
     schedule.step()
     assert named[0][1].float().mean() < 1 and float(optimizer.param_groups[0]["lr"]) == pytest.approx(2 * rate)
     assert optimizer.state[named[0][1]]["exp_avg"].codes.dtype == torch.uint8
+
+
+def test_a_rate_that_is_no_number_and_a_run_without_steps_are_refused() -> None:
+    for rate in (0.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="lr and eps must be above 0"):
+            AdamW(lr=rate)
+    with pytest.raises(InputError, match="steps is 0"):
+        adamw([("weight", torch.nn.Parameter(torch.ones(2)))], AdamW(), 0)

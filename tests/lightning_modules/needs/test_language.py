@@ -68,7 +68,7 @@ def test_flops_are_the_counted_ones(train: list[str]) -> None:
 @pytest.mark.parametrize("train", [["projector"], ALL], ids=["projector", "all"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_those_that_autograd_saves(train: list[str], recompute: bool, shards: str) -> None:
-    own = module(trained=train, gradient_checkpointing=recompute)
+    own = module(train=train, gradient_checkpointing=recompute)
     own.configure_model()
     own.model.language.train(recompute)
     rows = own.rows(next(iter(served(shards).train_dataloader())))
@@ -83,7 +83,7 @@ def test_activations_are_those_that_autograd_saves(train: list[str], recompute: 
 
 
 def test_activations_of_answers_are_those_that_autograd_saves() -> None:
-    own = grpo(recompute=True)
+    own = grpo(gradient_checkpointing=True)
     own.configure_model()
     own.log = lambda *_, **__: None
     questions = own.questions(asked(0, 2))
@@ -103,13 +103,13 @@ def test_activations_of_answers_are_those_that_autograd_saves() -> None:
 
 @pytest.mark.parametrize("train", [["projector"], ALL], ids=["projector", "all"])
 def test_bytes_of_states_are_exact(train: list[str], shards: str, tmp_path: Path) -> None:
-    own = module(trained=train)
+    own = module(train=train)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=2, max_epochs=-1, logger=False, enable_checkpointing=False, limit_val_batches=0,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(own, datamodule=served(shards))
-    plan = Plan(run(module(trained=train)))
+    plan = Plan(run(module(train=train)))
     parts = {"vision tower": own.model.vision, "projector": own.model.projector, "language model": own.model.language}
     state = [value for values in trainer.optimizers[0].state.values() for value in values.values()]
     found = {name: sum(p.nbytes for p in each.parameters()) for name, each in parts.items()}
