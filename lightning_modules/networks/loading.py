@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or one clear error."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; expected a checkpoint folder in the diffusers layout")
+        raise CheckpointError(f"{path} is missing; {path.parent} is not a folder of weights, or not all of one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
